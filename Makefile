@@ -1,0 +1,38 @@
+# How to work on flashinfer_lite. `make` alone prints this list.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PROMPT ?=
+ARGS   ?=
+
+# One thread per pytest worker: two workers then use two cores, and sums are split the same way on every machine.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build test test-all demo bench lint format asan wheel clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+venv:  # create or update .venv; returns at once when its inputs have not changed
+	@command -v $(PYTHON) >/dev/null || { echo "flashinfer_lite: $(PYTHON) not found: sudo apt install python3 python3-venv python3-dev"; exit 1; }
+	@$(PYTHON) scripts/bootstrap.py $(VENV)
+
+build: venv  ## create .venv, compile what changed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(PYTHON) scripts/bootstrap.py $(VENV) --editable
+
+test: build  ## build, then the tests (10 minutes); ARGS="-k decode" narrows
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: build  ## build, then every test, the long grids too
+	$(PYTEST) $(ARGS)
+
+demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours
+	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+
+bench: build  ## time ours against torch; ARGS="--help" shows the options
+	$(BIN)/python bench/bench.py $(ARGS)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info compile_commands.json flashinfer_lite/*.so

@@ -1,0 +1,150 @@
+"""Make .venv and fill it with what building, testing and the demo need. Standard library only.
+
+    python3 scripts/bootstrap.py .venv               create or update the environment
+    python3 scripts/bootstrap.py .venv --editable    install this checkout into it, once it is built
+
+Each step leaves a stamp that holds a hash of what the step read, so a second call returns at once and an edit of, say,
+requirements.txt runs the step again. torch: one >= 2.11 that is already installed for this python3 is reused; else a machine
+with an NVIDIA GPU gets the CUDA build of the package index, and any other machine the CPU build, which is ten times smaller.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
+MIN_PYTHON = (3, 11)  # of transformers; the library itself runs on 3.10
+MIN_TORCH = (2, 11)
+TORCH_CPU = "torch==2.13.0"
+# "2.13.0+cpu" sorts above "2.13.0", so pip takes the CPU wheel wherever it sees one. Out of reach, the index must not cost
+# minutes of retries.
+TORCH_CPU_INDEX = "--retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu"
+
+
+def fail(message):
+    sys.exit(f"flashinfer_lite: {message}")
+
+
+def check_machine():
+    """Stop with the one apt line that names everything missing."""
+    if sys.version_info < MIN_PYTHON:
+        wanted, got = (
+            ".".join(map(str, version[:2])) for version in (MIN_PYTHON, sys.version_info)
+        )
+        fail(f"expected Python >= {wanted}, got {got}; name another with: make PYTHON=python3.12")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    found = {
+        "g++": shutil.which(compiler),
+        "make": shutil.which("make"),
+        "python3-venv": importlib.util.find_spec("ensurepip"),
+        # torch.compile builds C++ against it; the library does not
+        "python3-dev": Path(sysconfig.get_path("include"), "Python.h").exists(),
+    }
+    missing = " ".join(package for package, there in found.items() if not there)
+    if missing:
+        fail(f"missing on this machine: {missing}; install with: sudo apt install {missing}")
+
+
+def installed_torch():
+    """Version of the torch that this python3 has, if it is new enough, else None. Read from metadata: importing takes seconds."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return version if tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH else None
+
+
+def has_gpu():
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def pip_install(venv, what, *arguments):
+    print(f"installing {what} ...", flush=True)
+    pip = [
+        venv / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    if subprocess.run([*pip, *arguments]).returncode != 0:
+        fail(
+            f"installing {what} failed, pip's reason is above; mend it and run the same command again"
+        )
+
+
+def create_venv(venv, reuse):
+    options = ["--system-site-packages"] if reuse else []
+    if subprocess.run([sys.executable, "-m", "venv", *options, venv]).returncode != 0:
+        shutil.rmtree(venv, ignore_errors=True)
+        fail("python3 could not create a virtual environment: sudo apt install python3-venv")
+    if reuse and sys.prefix != sys.base_prefix:
+        # python3 is itself in a virtual environment, whose packages --system-site-packages does not reach.
+        inner = next((venv / "lib").glob("python3.*")) / "site-packages"
+        (inner / "parent_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
+def make_environment(venv):
+    started = time.monotonic()
+    check_machine()
+    reuse = installed_torch()
+    if not (venv / "bin" / "python").exists():
+        create_venv(venv, reuse)
+    if reuse:
+        print(f"using the installed torch {reuse}", flush=True)
+    elif has_gpu():
+        pip_install(venv, "torch>=2.11 (CUDA build, about 3 GB)", "torch>=2.11")
+    else:
+        # --no-deps: its requirements come with the rest, from the ordinary index alone.
+        pip_install(
+            venv,
+            f"{TORCH_CPU} (CPU build, about 200 MB)",
+            "--no-deps",
+            *TORCH_CPU_INDEX.split(),
+            TORCH_CPU,
+        )
+    pip_install(venv, "pinned packages", "--requirement", REQUIREMENTS, "torch")
+    print(f"environment ready in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def install_editable(venv):
+    """Run once: `make build` compiles in place, so only a change of the package's metadata needs pip again."""
+    pip_install(venv, "this checkout", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+
+
+def run_once(stamp, step, inputs, venv):
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest:
+        return
+    step(venv)
+    stamp.write_text(digest)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("venv", type=Path)
+    parser.add_argument(
+        "--editable", action="store_true", help="install this checkout into the environment"
+    )
+    arguments = parser.parse_args()
+    venv = arguments.venv
+    if arguments.editable:
+        run_once(venv / ".editable", install_editable, [ROOT / "pyproject.toml"], venv)
+    else:
+        run_once(venv / ".ready", make_environment, [Path(__file__), REQUIREMENTS], venv)
+
+
+if __name__ == "__main__":
+    main()
