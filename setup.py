@@ -2,13 +2,14 @@
 
     flashinfer_lite/_C_cpu.abi3.so    CPU kernels and their op registrations, always built
 
-The libraries hold no Python symbols and target torch 2.11, so one wheel serves every Python >= 3.10 and every torch >= 2.11.
+The libraries hold no Python symbols and target torch 2.11, so one wheel serves every
+Python >= 3.10 and every torch >= 2.11.
 
 Environment
-    FLASHINFER_LITE_CUDA      auto (default) | 0 | 1     build the CUDA half; 1 makes its absence an error
-    FLASHINFER_LITE_SANITIZE  e.g. address,undefined     sanitizers, in a build directory of their own (see `make asan`)
-    FLASHINFER_LITE_WERROR    1                          warnings are errors (what CI sets)
-    MAX_JOBS                  parallel compiler jobs; default: what cores and free memory allow
+    FLASHINFER_LITE_CUDA      auto (default), 0 or 1: the CUDA half; 1 makes its absence an error
+    FLASHINFER_LITE_SANITIZE  e.g. address,undefined: built in a directory of its own (`make asan`)
+    FLASHINFER_LITE_WERROR    1: warnings are errors, as in CI
+    MAX_JOBS                  compiler jobs at a time; default: what cores and free memory allow
     CXX                       compiler, e.g. "ccache g++" or clang++; default g++
 """
 
@@ -26,10 +27,12 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 MIN_TORCH = (2, 11)
-# The oldest torch whose C shim we may call, as torch/headeronly spells it: major << 56 | minor << 48.
+# The oldest torch whose C shim we may call, in the encoding of torch/headeronly/version.h.
 TORCH_TARGET_VERSION = f"0x{MIN_TORCH[0] << 56 | MIN_TORCH[1] << 48:016x}"
-# The heaviest translation unit (all AVX-512 kernels at -O3) stays below this.
-BYTES_PER_JOB = 3 * 2**29
+BYTES_PER_JOB = 3 * 2**29  # the heaviest translation unit stays below this
+# -ffp-contract=off: a*b+c stays two roundings unless a kernel writes the FMA, at every ISA level.
+CXXFLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -fvisibility-inlines-hidden"
+WARNINGS = "-Wall -Wextra"
 INSTALL_HINT = "install torch>=2.11 first, then: pip install --no-build-isolation ."
 
 
@@ -42,11 +45,9 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 except ImportError as error:
-    # Checked before anything else: pip would otherwise first download the dependencies, gigabytes of them.
-    # Build isolation ends here too, because it hides the installed torch, and that is the one to build with.
-    fail(
-        f"building needs the torch it will run with, and there is none here ({error}): {INSTALL_HINT}"
-    )
+    # Checked before anything else: pip would otherwise first download gigabytes of dependencies.
+    # Build isolation ends here too: it hides the installed torch, the one to build with.
+    fail(f"building needs the torch it will run with, got none ({error}): {INSTALL_HINT}")
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
     fail(f"expected torch>=2.11, got {torch.__version__}: {INSTALL_HINT}")
@@ -54,9 +55,8 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
 
 def sources(*patterns):
     """Paths relative to the root, sorted so that the ninja file is the same on every machine."""
-    return sorted(
-        str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)
-    )
+    paths = (path for pattern in patterns for path in ROOT.glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
 def check_cuda_half():
@@ -66,25 +66,19 @@ def check_cuda_half():
         fail(f"FLASHINFER_LITE_CUDA: expected auto, 0 or 1, got {mode!r}")
     reason = "this version has no CUDA sources (csrc/cuda)"
     if mode == "1":
-        fail(
-            f"CUDA half cannot be built: {reason}; unset FLASHINFER_LITE_CUDA to build the CPU half"
-        )
+        fail(f"CUDA half cannot be built: {reason}; unset FLASHINFER_LITE_CUDA to build without it")
     if mode == "auto":
         print(f"CUDA half not built: {reason}; the CPU half is complete without it", flush=True)
 
 
 def free_memory():
-    """Bytes a build may use: what the kernel calls available, or less where a container has its own limit."""
+    """Bytes a build may use: what Linux calls available, or less inside a limited container."""
     free = sys.maxsize
     try:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
-        limit, used = (
-            Path("/sys/fs/cgroup", name).read_text().strip()
-            for name in ("memory.max", "memory.current")
-        )
-        if limit != "max":
-            free = min(free, int(limit) - int(used))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        free = free if limit == "max" else min(free, int(limit))
     except (OSError, KeyError):
         pass  # not Linux, or no cgroup v2: keep what is known
     return free
@@ -96,20 +90,16 @@ def max_jobs():
         if not asked.isdigit() or int(asked) < 1:
             fail(f"MAX_JOBS: expected a positive integer, got {asked!r}")
         return int(asked)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    # The affinity mask, where there is one, also knows what taskset or a container left us.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, free_memory() // BYTES_PER_JOB))
 
 
 def find_ninja():
-    """The ninja of this Python's environment (its bin directory need not be on PATH), else the one on PATH."""
-    beside = Path(sys.executable).with_name("ninja")
-    return (
-        str(beside)
-        if beside.exists()
-        else shutil.which("ninja") or fail("ninja not found: pip install ninja")
-    )
+    """The ninja beside this Python (its directory need not be on PATH), else the one on PATH."""
+    beside = shutil.which("ninja", path=Path(sys.executable).parent)
+    return beside or shutil.which("ninja") or fail("ninja not found: pip install ninja")
 
 
 def find_compiler():
@@ -127,22 +117,18 @@ def ninja_path(path):
 class NinjaBuild(BuildExtension):
     """Build every library from one ninja file in a persistent directory.
 
-    torch's own BuildExtension recompiles everything under pip (PEP 660 gives it a fresh temporary directory each time) and
-    links outside ninja. Here objects, dependency files and links live in build/, so any entry point (make, pip install,
-    pip wheel) is incremental, and a touched header rebuilds its dependents and nothing else.
+    torch's own BuildExtension recompiles everything under pip (PEP 660 gives it a fresh temporary
+    directory each time) and links outside ninja. Here objects, dependency files and links live in
+    build/, so every entry point (make, pip install, pip wheel) is incremental, and a touched header
+    rebuilds its dependents and nothing else.
     """
 
     def build_extensions(self):
         check_cuda_half()
         started = time.monotonic()
         sanitize = os.environ.get("FLASHINFER_LITE_SANITIZE", "")
-        build_dir = (
-            ROOT
-            / "build"
-            / "-".join(
-                filter(None, ["ninja", sysconfig.get_platform(), sanitize.replace(",", "-")])
-            )
-        )
+        flavour = f"-{sanitize.replace(',', '-')}" if sanitize else ""
+        build_dir = ROOT / "build" / f"ninja-{sysconfig.get_platform()}{flavour}"
         build_dir.mkdir(parents=True, exist_ok=True)
 
         ninja_file = build_dir / "build.ninja"
@@ -154,65 +140,50 @@ class NinjaBuild(BuildExtension):
         if subprocess.run([*ninja, "-j", str(jobs)]).returncode != 0:
             fail("compilation failed, the compiler's message is above")
         for extension in self.extensions:
-            self.place(
-                build_dir / self.library_name(extension),
-                Path(self.get_ext_fullpath(extension.name)),
-            )
+            wanted = Path(self.get_ext_fullpath(extension.name))
+            self.place(build_dir / self.library_name(extension), wanted)
         if not sanitize:
-            commands = subprocess.run(
-                [*ninja, "-t", "compdb", "cxx"], capture_output=True, text=True, check=True
-            ).stdout
-            (ROOT / "compile_commands.json").write_text(commands)
-        print(
-            f"native libraries up to date in {time.monotonic() - started:.1f} s ({jobs} jobs)",
-            flush=True,
-        )
+            with (ROOT / "compile_commands.json").open("w") as database:
+                subprocess.run([*ninja, "-t", "compdb", "cxx"], stdout=database, check=True)
+        seconds = time.monotonic() - started
+        print(f"native libraries up to date in {seconds:.1f} s ({jobs} jobs)", flush=True)
 
     def library_name(self, extension):
         return Path(self.get_ext_filename(extension.name)).name
 
     @staticmethod
     def place(built, wanted):
-        """Copy by rename: a process that has the old library mapped keeps running, nobody sees half a file."""
+        """Copy by rename: a process that has the old library mapped keeps it whole."""
         wanted.parent.mkdir(parents=True, exist_ok=True)
         partial = wanted.with_name(wanted.name + ".partial")
         shutil.copy2(built, partial)
         os.replace(partial, wanted)
 
-    def ninja_text(self, build_dir, sanitize):
-        cxxflags = [
-            "-std=c++20",
-            "-O3",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fvisibility-inlines-hidden",
-            "-Wall",
-            "-Wextra",
-        ]
-        # a*b+c stays two roundings unless a kernel writes the FMA: levels that share a formula then agree.
-        cxxflags += [
-            "-ffp-contract=off",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            f"-I{ROOT / 'csrc'}",
-        ]
+    @staticmethod
+    def flags(sanitize):
+        """The compiler's flags and the linker's."""
+        cxxflags = [*CXXFLAGS.split(), *WARNINGS.split(), f"-I{ROOT / 'csrc'}"]
+        cxxflags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         for path in include_paths():
             cxxflags += ["-isystem", path]
         if os.environ.get("FLASHINFER_LITE_WERROR") == "1":
             cxxflags.append("-Werror")
-        # No rpath: `import torch` has mapped these libraries before ours is loaded, and the loader matches by soname.
+        # No rpath: `import torch` maps these libraries first, and the loader matches by soname.
         ldflags = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
         if sys.platform == "linux":
-            # A symbol that nothing defines is a link error here, not an import error on a user's machine.
-            ldflags = ["-Wl,-z,defs", "-Wl,--exclude-libs,ALL", *ldflags]
+            ldflags.insert(0, "-Wl,--exclude-libs,ALL")
         if sanitize:
-            instrument = [
-                f"-fsanitize={sanitize}",
-                "-fno-sanitize-recover=all",
-                "-fno-omit-frame-pointer",
-            ]
-            cxxflags += [*instrument, "-O1", "-g1"]
-            ldflags = [*instrument, *(flag for flag in ldflags if flag != "-Wl,-z,defs")]
+            instrument = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+            cxxflags += [*instrument, "-fno-omit-frame-pointer", "-O1", "-g1"]
+            ldflags = [*instrument, *ldflags]
+        elif sys.platform == "linux":
+            # A symbol that nothing defines is an error now, not when a user imports us. (The
+            # sanitizers' own symbols come from a preloaded runtime, so not with those.)
+            ldflags.insert(0, "-Wl,-z,defs")
+        return cxxflags, ldflags
 
+    def ninja_text(self, build_dir, sanitize):
+        cxxflags, ldflags = self.flags(sanitize)
         lines = [
             "ninja_required_version = 1.5",
             f"builddir = {ninja_path(build_dir)}",
@@ -220,7 +191,7 @@ class NinjaBuild(BuildExtension):
             f"cxxflags = {shlex.join(cxxflags)}",
             f"ldflags = {shlex.join(ldflags)}",
             "rule cxx",
-            # -MD, not -MMD: torch's headers are system headers, and an upgraded torch must rebuild too.
+            # -MD, not -MMD: torch's are system headers, and a new torch must rebuild too.
             "  command = $cxx -MD -MF $out.d $cxxflags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -234,14 +205,13 @@ class NinjaBuild(BuildExtension):
             for source in extension.sources:
                 objects.append(ninja_path(build_dir / f"{source}.o"))
                 lines.append(f"build {objects[-1]}: cxx {ninja_path(ROOT / source)}")
-            lines.append(
-                f"build {ninja_path(build_dir / self.library_name(extension))}: link {' '.join(objects)}"
-            )
+            library = ninja_path(build_dir / self.library_name(extension))
+            lines.append(f"build {library}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 
 class FreshBuildPy(build_py):
-    """Without this a module deleted since the last wheel would still be in build/lib*, and so in the next wheel."""
+    """Start from an empty directory, or a deleted module lives on in build/ and in each wheel."""
 
     def run(self):
         if not self.editable_mode:
@@ -258,7 +228,7 @@ setup(
             py_limited_api=True,
         )
     ],
-    # use_ninja asks torch for its own way of calling ninja, and a warning where ninja is not on PATH; ours needs neither.
+    # use_ninja is torch's way of calling ninja, with a warning where it is not on PATH.
     cmdclass={"build_ext": NinjaBuild.with_options(use_ninja=False), "build_py": FreshBuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

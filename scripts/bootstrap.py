@@ -3,14 +3,15 @@
     python3 scripts/bootstrap.py .venv               create or update the environment
     python3 scripts/bootstrap.py .venv --editable    install this checkout into it, once it is built
 
-Each step leaves a stamp that holds a hash of what the step read, so a second call returns at once and an edit of, say,
-requirements.txt runs the step again. torch: one >= 2.11 that is already installed for this python3 is reused; else a machine
-with an NVIDIA GPU gets the CUDA build of the package index, and any other machine the CPU build, which is ten times smaller.
+Each step leaves a stamp that holds a hash of what the step read, so a second call returns at once,
+and an edit of requirements.txt, say, runs the step again.
+
+Which torch: one >= 2.11 that this python3 already has is reused. Else a machine with an NVIDIA GPU
+gets the CUDA build, and any other machine the CPU build, which is ten times smaller.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -23,11 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
-MIN_PYTHON = (3, 11)  # of transformers; the library itself runs on 3.10
+MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
 TORCH_CPU = "torch==2.13.0"
-# "2.13.0+cpu" sorts above "2.13.0", so pip takes the CPU wheel wherever it sees one. Out of reach, the index must not cost
-# minutes of retries.
+# "2.13.0+cpu" sorts above "2.13.0", so pip takes the CPU wheel wherever it sees one. Out of reach,
+# this index must not cost minutes of retries.
 TORCH_CPU_INDEX = "--retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
@@ -55,12 +56,13 @@ def check_machine():
         fail(f"missing on this machine: {missing}; install with: sudo apt install {missing}")
 
 
-def installed_torch():
-    """Version of the torch that this python3 has, if it is new enough, else None. Read from metadata: importing takes seconds."""
-    try:
-        version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
+def installed_torch(python):
+    """Version of the torch that `python` sees if new enough, from metadata (an import is slow)."""
+    code = "import importlib.metadata as m; print(m.version('torch'))"
+    answer = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if answer.returncode != 0:
         return None
+    version = answer.stdout.strip()
     return version if tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH else None
 
 
@@ -80,18 +82,17 @@ def pip_install(venv, what, *arguments):
         "--disable-pip-version-check",
     ]
     if subprocess.run([*pip, *arguments]).returncode != 0:
-        fail(
-            f"installing {what} failed, pip's reason is above; mend it and run the same command again"
-        )
+        fail(f"installing {what} failed, pip's reason is above; then run the same command again")
 
 
-def create_venv(venv, reuse):
+def create_venv(venv):
+    reuse = installed_torch(sys.executable)
     options = ["--system-site-packages"] if reuse else []
     if subprocess.run([sys.executable, "-m", "venv", *options, venv]).returncode != 0:
         shutil.rmtree(venv, ignore_errors=True)
         fail("python3 could not create a virtual environment: sudo apt install python3-venv")
     if reuse and sys.prefix != sys.base_prefix:
-        # python3 is itself in a virtual environment, whose packages --system-site-packages does not reach.
+        # python3 is in a virtual environment itself; --system-site-packages looks past that one.
         inner = next((venv / "lib").glob("python3.*")) / "site-packages"
         (inner / "parent_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
@@ -99,28 +100,25 @@ def create_venv(venv, reuse):
 def make_environment(venv):
     started = time.monotonic()
     check_machine()
-    reuse = installed_torch()
-    if not (venv / "bin" / "python").exists():
-        create_venv(venv, reuse)
-    if reuse:
-        print(f"using the installed torch {reuse}", flush=True)
+    python = venv / "bin" / "python"
+    if not python.exists():
+        create_venv(venv)
+    if version := installed_torch(python):
+        print(f"using the installed torch {version}", flush=True)
     elif has_gpu():
         pip_install(venv, "torch>=2.11 (CUDA build, about 3 GB)", "torch>=2.11")
     else:
         # --no-deps: its requirements come with the rest, from the ordinary index alone.
-        pip_install(
-            venv,
-            f"{TORCH_CPU} (CPU build, about 200 MB)",
-            "--no-deps",
-            *TORCH_CPU_INDEX.split(),
-            TORCH_CPU,
-        )
-    pip_install(venv, "pinned packages", "--requirement", REQUIREMENTS, "torch")
+        options = ["--no-deps", *TORCH_CPU_INDEX.split()]
+        pip_install(venv, f"{TORCH_CPU} (CPU build, about 200 MB)", *options, TORCH_CPU)
+    # Naming the exact torch completes its requirements, and keeps pip from trading it for another.
+    torch = f"torch=={installed_torch(python)}"
+    pip_install(venv, "the pinned packages", "--requirement", REQUIREMENTS, torch)
     print(f"environment ready in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def install_editable(venv):
-    """Run once: `make build` compiles in place, so only a change of the package's metadata needs pip again."""
+    """`make build` compiles in place, so only a change of the metadata needs pip again."""
     pip_install(venv, "this checkout", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
@@ -135,9 +133,7 @@ def run_once(stamp, step, inputs, venv):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("venv", type=Path)
-    parser.add_argument(
-        "--editable", action="store_true", help="install this checkout into the environment"
-    )
+    parser.add_argument("--editable", action="store_true", help="install this checkout instead")
     arguments = parser.parse_args()
     venv = arguments.venv
     if arguments.editable:
