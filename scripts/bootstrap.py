@@ -73,14 +73,7 @@ def has_gpu():
 
 def pip_install(venv, what, *arguments):
     print(f"installing {what} ...", flush=True)
-    pip = [
-        venv / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
+    pip = [venv / "bin" / "python", *"-m pip install -q --disable-pip-version-check".split()]
     if subprocess.run([*pip, *arguments]).returncode != 0:
         fail(f"installing {what} failed, pip's reason is above; then run the same command again")
 
