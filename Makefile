@@ -8,6 +8,8 @@ ARGS   ?=
 # One thread per pytest worker: two workers then use two cores, and sums are split the same way on every machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
+NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
+
 .DEFAULT_GOAL := help
 .PHONY: help venv build test test-all demo bench lint format asan wheel clean
 
@@ -33,6 +35,30 @@ demo: build  ## generate text with a real model through our kernels; PROMPT="...
 
 bench: build  ## time ours against torch; ARGS="--help" shows the options
 	$(BIN)/python bench/bench.py $(ARGS)
+
+lint: venv  ## formatting, ruff and the layer rule; changes nothing
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -q tests/test_layers.py
+
+format: venv  ## put every file into the house format
+	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The package is copied beside its instrumented library, so the ordinary build stays as it is. The
+# runtime is preloaded because python itself is not instrumented; python's own leaks are not ours.
+ASAN := build/asan
+asan: venv  ## the hostile calls under AddressSanitizer and UBSan
+	FLASHINFER_LITE_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q -p no:cacheprovider tests/test_hostile.py $(ARGS)
+
+wheel: venv  ## one wheel for every Python >= 3.10, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info compile_commands.json flashinfer_lite/*.so

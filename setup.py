@@ -22,6 +22,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
@@ -51,6 +52,9 @@ except ImportError as error:
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
     fail(f"expected torch>=2.11, got {torch.__version__}: {INSTALL_HINT}")
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not read our pyproject.toml
+    fail(f"expected setuptools>=77, got {setuptools.__version__}: pip install 'setuptools>=77,<82'")
 
 
 def sources(*patterns):
