@@ -1,0 +1,214 @@
+"""The oracle: what every attention op of this package means, in plain eager torch.
+
+Slow, seqlen_q x seqlen_kv memory, any dtype, any device, differentiable by torch's own autograd.
+The kernels are tested against it in float64; the same code run in the inputs' own dtype gives the
+eager error that tolerances are made of.
+
+    scores = softmax_scale * q k^T
+    scores = softcap * tanh(scores / softcap)            if softcap
+    scores = scores + mask                               if the mask is additive
+    out    = softmax(scores over the visible keys) v
+    lse    = log sum_visible exp(scores)
+
+A hidden key is removed by selection, never by adding a large negative number, and NaN or inf in it
+reaches neither the output nor a gradient. A row without any visible key has out 0, lse -inf, and
+gives and receives gradients of exactly 0.
+"""
+
+import math
+
+import torch
+
+
+def visible_keys(
+    batch_size,
+    seqlen_q,
+    seqlen_kv,
+    *,
+    causal=False,
+    window=(-1, -1),
+    kv_start=None,
+    seqlens_kv=None,
+    device="cpu",
+):
+    """Which key each query may see, the mask aside: bool [batch or 1, 1, seqlen_q, seqlen_kv].
+
+    Key j is visible to query i of sequence b iff ``kv_start[b] <= j < seqlens_kv[b]`` and, with
+    ``pos = i + diagonal``, ``j >= pos - window_left`` (if window_left >= 0) and ``j <= pos``
+    (causal) or ``j <= pos + window_right`` (if window_right >= 0). The diagonal is 0 for
+    ``causal="top_left"``, and ``seqlens_kv[b] - seqlen_q`` otherwise.
+
+    >>> visible_keys(1, 2, 3, causal=True)[0, 0].int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    if causal not in (False, True, "bottom_right", "top_left"):
+        raise ValueError(
+            f"causal: expected False, True, 'bottom_right' or 'top_left', got {causal!r}"
+        )
+
+    def column(lengths, default):  # [batch, 1, 1, 1], or a number for all sequences
+        if lengths is None:
+            return default
+        if lengths.shape != (batch_size,):
+            raise ValueError(f"lengths: expected shape [{batch_size}], got {list(lengths.shape)}")
+        return lengths.to(device=device, dtype=torch.int64).view(-1, 1, 1, 1)
+
+    begin, end = column(kv_start, 0), column(seqlens_kv, seqlen_kv)
+    key = torch.arange(seqlen_kv, device=device).view(1, 1, 1, -1)
+    pos = torch.arange(seqlen_q, device=device).view(1, 1, -1, 1)
+    pos = pos if causal == "top_left" else pos + (end - seqlen_q)
+    window_left, window_right = window
+    visible = (key >= begin) & (key < end) & torch.ones_like(pos, dtype=torch.bool)
+    if window_left >= 0:
+        visible = visible & (key >= pos - window_left)
+    if causal:
+        visible = visible & (key <= pos)
+    elif window_right >= 0:
+        visible = visible & (key <= pos + window_right)
+    return visible
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window=(-1, -1),
+    softmax_scale=None,
+    softcap=None,
+    mask=None,
+    kv_start=None,
+    seqlens_kv=None,
+    return_lse=False,
+    dtype=None,
+):
+    """Softmax attention, computed the obvious way.
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim].
+        k: [batch, seqlen_kv, num_heads_kv, head_dim]; num_heads_kv divides num_heads_q, and query
+            head h reads KV head ``h // (num_heads_q // num_heads_kv)``.
+        v: [batch, seqlen_kv, num_heads_kv, head_dim_v].
+        causal: False, True or "bottom_right", "top_left"; see `visible_keys`.
+        window: (left, right), inclusive, -1 open.
+        softmax_scale: default ``head_dim ** -0.5``.
+        softcap: None, or a finite number > 0.
+        mask: bool (True is visible) or additive, broadcastable from the right to [batch,
+            num_heads_q, seqlen_q, seqlen_kv]. Exactly -inf hides a key.
+        kv_start, seqlens_kv: int [batch]; the visible slots are ``kv_start <= j < seqlens_kv``.
+        return_lse: also return the log-sum-exp.
+        dtype: what to compute in, and the dtype of the result. Default: q's. Every intermediate is
+            rounded to it, as eager code would.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim_v]; with return_lse also lse [batch,
+        num_heads_q, seqlen_q], natural logarithm, float32 (float64 when computed in float64).
+
+    Raises:
+        ValueError: shapes that do not fit, or a softcap that is not finite and > 0.
+
+    >>> q = torch.randn(1, 2, 4, 8); k = torch.randn(1, 3, 2, 8)
+    >>> attention(q, k, k, causal=True, dtype=torch.float64).shape
+    torch.Size([1, 2, 4, 8])
+    """
+    dtype = dtype or q.dtype
+    batch_size, seqlen_q, num_heads_q, head_dim = q.shape
+    seqlen_kv, num_heads_kv, head_dim_v = v.shape[1:]
+    if k.shape != (batch_size, seqlen_kv, num_heads_kv, head_dim) or len(v) != batch_size:
+        raise ValueError(f"k, v: {list(k.shape)} and {list(v.shape)} do not fit q {list(q.shape)}")
+    if num_heads_kv == 0 or num_heads_q % num_heads_kv:
+        raise ValueError(f"k: expected num_heads_kv to divide {num_heads_q}, got {num_heads_kv}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    group_size = num_heads_q // num_heads_kv
+
+    visible = visible_keys(
+        batch_size,
+        seqlen_q,
+        seqlen_kv,
+        causal=causal,
+        window=window,
+        kv_start=kv_start,
+        seqlens_kv=seqlens_kv,
+        device=q.device,
+    )
+    bias = None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            visible = visible & mask
+        else:
+            bias = mask.to(dtype)
+            visible = visible & (mask != -math.inf)
+    visible = visible.expand(batch_size, num_heads_q, seqlen_q, seqlen_kv)
+    alive = visible.any(-1, keepdim=True)  # [batch, num_heads_q, seqlen_q, 1]
+
+    # [batch, num_heads, seqlen, dim] with the KV heads repeated; clean of what nobody sees
+    q = torch.where(alive, q.to(dtype).transpose(1, 2), 0)
+    k, v = (t.to(dtype).transpose(1, 2).repeat_interleave(group_size, 1) for t in (k, v))
+    seen = visible.any(-2).unsqueeze(-1)
+    k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
+
+    scores = _select_scores(q, k, visible) * softmax_scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + torch.where(visible, bias, 0)
+    # An empty row is made an ordinary row of zeros first: softmax of only -inf has NaN gradients.
+    scores = torch.where(visible, scores, torch.where(alive, -math.inf, 0.0).to(dtype))
+    probs = torch.where(visible, torch.softmax(scores, -1), 0)
+    out = _select_sum(probs, v, visible).transpose(1, 2)
+    if not return_lse:
+        return out
+    lse = torch.logsumexp(scores.to(torch.promote_types(dtype, torch.float32)), -1)
+    return out, torch.where(alive.squeeze(-1), lse, -math.inf)
+
+
+def _select_scores(q, k, visible):
+    """q k^T, where a hidden pair has no part in any gradient even if its key is NaN or inf."""
+    if bool(k.isfinite().all()):
+        return q @ k.transpose(-1, -2)
+    pairs = torch.where(
+        visible.unsqueeze(-1), k.unsqueeze(-3), 0
+    )  # [..., seqlen_q, seqlen_kv, dim]
+    return (q.unsqueeze(-2) * pairs).sum(-1)
+
+
+def _select_sum(probs, v, visible):
+    """probs v, where a hidden pair has no part even if its value is NaN or inf (0 * NaN is NaN)."""
+    if bool(v.isfinite().all()):
+        return probs @ v
+    pairs = torch.where(visible.unsqueeze(-1), v.unsqueeze(-3), 0)
+    return (probs.unsqueeze(-1) * pairs).sum(-2)
+
+
+def merge_states(outs, lses):
+    """Merge attention states over disjoint keys.
+
+    lse = log sum exp(lses), out = sum exp(lses - lse) outs
+
+    Args:
+        outs: [num_states, batch, seqlen_q, num_heads_q, head_dim_v], or a list of 4-D tensors.
+        lses: [num_states, batch, num_heads_q, seqlen_q], natural logarithm, or a list of 3-D
+        tensors.
+
+    Returns:
+        (out, lse) without the first dimension. A state whose lse is -inf is the identity, whatever
+        its out holds; a row where all are gives out 0 and lse -inf.
+
+    >>> out, lse = merge_states([torch.ones(1, 1, 1, 8)] * 2, [torch.zeros(1, 1, 1)] * 2)
+    >>> out.unique().tolist(), round(lse.item(), 4)
+    ([1.0], 0.6931)
+    """
+    outs = torch.stack(list(outs)) if isinstance(outs, (list, tuple)) else outs
+    lses = torch.stack(list(lses)) if isinstance(lses, (list, tuple)) else lses
+    live = lses != -math.inf
+    alive = live.any(0)
+    # As in `attention`: rows of only -inf become rows of zeros, then are selected away.
+    safe = torch.where(live, lses, torch.where(alive, -math.inf, 0.0).to(lses.dtype))
+    lse = torch.logsumexp(safe, 0)
+    weight = torch.where(live, torch.exp(safe - lse), 0).transpose(-1, -2).unsqueeze(-1)
+    select = live.transpose(-1, -2).unsqueeze(-1)
+    out = (weight * torch.where(select, outs, 0)).sum(0).to(outs.dtype)
+    return out, torch.where(alive, lse, -math.inf)

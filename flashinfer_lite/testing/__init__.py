@@ -1,0 +1,33 @@
+"""What tests and benchmarks share: input factories, the tolerance rules, poison, and ISA levels.
+
+tolerance   how close is close: the only place with numbers
+inputs      q, k, v in every layout and every hostile range
+poison      guard bands, and outputs that start as NaN
+isa         force one ISA level of the CPU kernels
+"""
+
+from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv
+from flashinfer_lite.testing.isa import force_isa, isa_levels
+from flashinfer_lite.testing.poison import Guarded, guarded
+from flashinfer_lite.testing.tolerance import (
+    assert_close,
+    assert_close_elementwise,
+    assert_close_strict,
+    assert_lse_close,
+    assert_same_bits,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "Guarded",
+    "assert_close",
+    "assert_close_elementwise",
+    "assert_close_strict",
+    "assert_lse_close",
+    "assert_same_bits",
+    "force_isa",
+    "guarded",
+    "isa_levels",
+    "make_mask",
+    "make_qkv",
+]

@@ -1,0 +1,31 @@
+"""The ISA levels of the CPU kernels: which are here, and how to force one."""
+
+import contextlib
+
+from flashinfer_lite import _ops
+
+ALL_LEVELS = ("baseline", "avx2", "avx512")
+
+
+def isa_levels():
+    """The levels compiled in and present on this machine, slowest first."""
+    return list(_ops.cpu_isas())
+
+
+@contextlib.contextmanager
+def force_isa(name):
+    """Run the CPU kernels of one level in this block, process-wide; None is the default one.
+
+    Raises:
+        Whatever the library raises for a level that is not present; it lists those that are.
+
+    >>> with force_isa("baseline"):
+    ...     _ops.cpu_isa()
+    'baseline'
+    """
+    previous = _ops.cpu_isa()
+    _ops.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _ops.set_cpu_isa(previous)
