@@ -48,13 +48,14 @@ format: venv  ## put every file into the house format
 	$(BIN)/ruff format .
 
 # The package is copied beside its instrumented library, so the ordinary build stays as it is. The
-# runtime is preloaded because python itself is not instrumented; python's own leaks are not ours.
+# runtime is preloaded because python itself is not instrumented; python's own leaks are not ours;
+# --capture=sys lets the report of a dying process reach the terminal.
 ASAN := build/asan
 asan: venv  ## the hostile calls under AddressSanitizer and UBSan
 	FLASHINFER_LITE_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q -p no:cacheprovider tests/test_hostile.py $(ARGS)
+	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q --capture=sys tests/test_hostile.py $(ARGS)
 
 wheel: venv  ## one wheel for every Python >= 3.10, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

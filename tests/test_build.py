@@ -101,10 +101,12 @@ def test_pip_install_without_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_pip_install_without_torch_in_isolation(tmp_path):
-    """The same from a bare environment with pip's default, build isolation (needs an index)."""
-    venv.create(tmp_path / "bare", with_pip=True)
-    result = run(tmp_path / "bare" / "bin" / "python", "-m", "pip", "install", ROOT)
+@pytest.mark.parametrize("option", [(), ("--no-build-isolation",)], ids=["isolated", "bare"])
+def test_pip_install_into_an_empty_environment(tmp_path, option):
+    """Nothing there, not even setuptools; build isolation, pip's default, needs an index."""
+    venv.create(tmp_path / "empty", with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "empty" / "bin" / "python"]
+    result = run(*pip, "install", *option, ROOT)
     assert result.returncode == 1
     assert INSTALL_HINT in result.stdout
     assert "Traceback" not in result.stdout
