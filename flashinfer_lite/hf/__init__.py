@@ -1,0 +1,32 @@
+"""Hugging Face transformers: importing this module registers `attn_implementation="fi_lite"` and
+`"flashinfer_lite"`.
+
+    import flashinfer_lite.hf
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fi_lite")
+    model.generate(**inputs, past_key_values=flashinfer_lite.hf.Cache(config=model.config))
+
+or, for a model that exists already, both in one call: `flashinfer_lite.hf.patch(model)`. See
+docs/huggingface.md.
+"""
+
+from flashinfer_lite.hf.attention import APPLIED, INERT, REFUSED, attention_forward
+from flashinfer_lite.hf.cache import Cache
+from flashinfer_lite.hf.masks import key_mask
+from flashinfer_lite.hf.patching import Patch, patch
+from flashinfer_lite.hf.registration import FLASH_NAME, NAME, register
+
+__all__ = [
+    "APPLIED",
+    "FLASH_NAME",
+    "INERT",
+    "NAME",
+    "REFUSED",
+    "Cache",
+    "Patch",
+    "attention_forward",
+    "key_mask",
+    "patch",
+    "register",
+]
+
+register()
