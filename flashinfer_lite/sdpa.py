@@ -19,7 +19,7 @@ def scaled_dot_product_attention(
     scale=None,
     enable_gqa=False,
 ):
-    """softmax(scale * query key^T + attn_mask) value, as torch defines it; K and V are never copied.
+    """softmax(scale * query key^T + attn_mask) value, as torch defines it; K and V are not copied.
 
     Args:
         query: [..., num_heads_q, seqlen_q, head_dim]; 2 dimensions are one head of one sequence, 3
@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
             wanted = (
                 "at least 2 dimensions" if name == "query" else f"query's {query.dim()} dimensions"
             )
-            raise ValueError(f"{name}: expected {wanted}, got shape {list(x.shape)}")
+            raise ValueError(f"{name}: expected {wanted} dimensions, got shape {list(x.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None together with is_causal=True, got a mask")
 
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
 
 
 def _leading(query, key, value, enable_gqa):
-    """The dimensions before [num_heads, seqlen, head_dim], broadcast; fails if the three do not fit."""
+    """The dimensions before [num_heads, seqlen, head_dim]; fails if the three do not fit."""
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value: expected key's seqlen {key.shape[-2]}, got {value.shape[-2]}")
     if key.shape[-1] != query.shape[-1]:
@@ -106,8 +106,8 @@ def _leading(query, key, value, enable_gqa):
         for size, want in zip(x.shape[:-3], leading, strict=True):
             if size not in (want, 1):
                 raise ValueError(
-                    f"{name}: expected leading dimensions that broadcast to query's {list(leading)}, "
-                    f"got {list(x.shape[:-3])}"
+                    f"{name}: expected leading dimensions that broadcast to query's "
+                    f"{list(leading)}, got {list(x.shape[:-3])}"
                 )
     return leading
 
@@ -151,8 +151,8 @@ def _view(name, x, batch_size):
         return x.view(batch_size, *x.shape[-3:])
     except RuntimeError as error:
         raise ValueError(
-            f"{name}: expected leading dimensions that can be viewed as one without a copy, got shape "
-            f"{list(x.shape)} with strides {list(x.stride())}"
+            f"{name}: expected leading dimensions that can be viewed as one without a copy, got "
+            f"shape {list(x.shape)} with strides {list(x.stride())}"
         ) from error
 
 
