@@ -1,0 +1,43 @@
+// Which keys a query row may see: sequence bounds, causal and window, as half-open ranges.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace flashinfer_lite {
+
+struct KeyRange {
+  int64_t begin = 0;
+  int64_t end = 0;  // exclusive; begin >= end is empty
+
+  bool empty() const { return begin >= end; }
+};
+
+// Row i stands at key position i + diagonal and sees [position - left, position + right] within
+// [kv_begin, kv_end). An open side is -1. Causal is right = 0.
+struct Visibility {
+  int64_t kv_begin = 0;
+  int64_t kv_end = 0;
+  int64_t diagonal = 0;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
+
+  KeyRange row(int64_t i) const {
+    const int64_t position = i + diagonal;
+    KeyRange range{kv_begin, kv_end};
+    if (window_left >= 0) range.begin = std::max(range.begin, position - window_left);
+    if (window_right >= 0) range.end = std::min(range.end, position + window_right + 1);
+    range.end = std::max(range.end, range.begin);
+    return range;
+  }
+
+  // The keys that at least one of the rows [first, last] sees, as one range. Both bounds grow with
+  // the row, so the outer rows decide.
+  KeyRange rows(int64_t first, int64_t last) const {
+    KeyRange range{row(first).begin, row(last).end};
+    range.end = std::max(range.end, range.begin);
+    return range;
+  }
+};
+
+}  // namespace flashinfer_lite

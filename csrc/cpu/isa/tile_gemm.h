@@ -1,0 +1,212 @@
+// Register-tiled products of one attention tile. A level with a matrix unit replaces this file.
+//
+// Every element of C sums over the depth in ascending order, one fused multiply-add at a time,
+// whatever tile computes it: a row's bits do not depend on how many rows it is computed with.
+#pragma once
+
+#include "cpu/isa/vector.h"
+
+namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+// Columns of one panel of B. Packed, B is [panel][depth][kPanel] with zeros behind the last column.
+template <class Acc>
+constexpr int kPanel = kTileCols * kWidth<Acc>;
+
+// C[kRows, kCols vectors] (+)= A[kRows, depth] B[depth, kCols vectors].
+template <int kRows, int kCols, class Acc, class T>
+FIL_INLINE void micro_tile(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const T* b,
+                           int64_t b_row, int64_t last_count, Acc* c, int64_t c_row,
+                           bool accumulate) {
+  Vector<Acc> sum[kRows][kCols];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kCols; ++j) {
+      sum[r][j] = accumulate ? load(c + r * c_row + j * kWidth<Acc>) : Vector<Acc>{};
+    }
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector<Acc> row[kCols];
+#pragma GCC unroll 16
+    for (int j = 0; j < kCols; ++j) {
+      const T* p = b + d * b_row + j * kWidth<Acc>;
+      row[j] = j + 1 < kCols || last_count == kWidth<Acc> ? load_as<Acc>(p)
+                                                          : load_part_as<Acc>(p, last_count);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<Acc> x = broadcast<Acc>(a[r * a_row + d * a_col]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kCols; ++j) sum[r][j] = fma(x, row[j], sum[r][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kCols; ++j) store(c + r * c_row + j * kWidth<Acc>, sum[r][j]);
+  }
+}
+
+// One row block of at most kRows rows against one packed panel.
+template <int kRows, class Acc>
+FIL_INLINE void panel_rows(int64_t rows, int64_t depth, const Acc* a, int64_t a_row, int64_t a_col,
+                           const Acc* b, int64_t b_row, Acc* c, int64_t c_row, bool accumulate) {
+  if (rows >= kRows) {
+    micro_tile<kRows, kTileCols>(depth, a, a_row, a_col, b, b_row, kWidth<Acc>, c, c_row,
+                                 accumulate);
+  } else if constexpr (kRows > 1) {
+    panel_rows<kRows - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+}
+
+// The right operand of tile_gemm in scratch memory, readable up to a whole panel.
+template <class Acc>
+struct RightOperand {
+  const Acc* data;
+  int64_t row;    // stride between rows
+  int64_t panel;  // stride between panels
+};
+
+template <class Acc>
+FIL_INLINE RightOperand<Acc> packed(const Acc* panels, int64_t depth) {
+  return {panels, kPanel<Acc>, depth * kPanel<Acc>};
+}
+template <class Acc>
+FIL_INLINE RightOperand<Acc> row_major(const Acc* b, int64_t b_row) {
+  return {b, b_row, kPanel<Acc>};
+}
+
+// C[rows, cols] (+)= A[rows, depth] B[depth, cols]. A's strides are free, so a transposed A costs
+// nothing. C's rows must have room for whole panels.
+template <class Acc>
+void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
+               int64_t a_col, RightOperand<Acc> b, Acc* c, int64_t c_row, bool accumulate) {
+  for (int64_t col = 0; col < cols; col += kPanel<Acc>) {
+    const Acc* panel = b.data + col / kPanel<Acc> * b.panel;
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      panel_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), depth, a + row * a_row, a_row,
+                            a_col, panel, b.row, c + row * c_row + col, c_row, accumulate);
+    }
+  }
+}
+
+// Columns, in vectors, that a block of `rows` rows keeps in registers when B is read in place:
+// few rows need more columns for as many independent sums as the FMA units have latency.
+constexpr int direct_cols(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : kTileCols; }
+
+template <int kRows, class Acc, class T>
+FIL_INLINE void direct_rows(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
+                            const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+  if (rows >= kRows) {
+    constexpr int width = kWidth<Acc>, wide = direct_cols(kRows) * width;
+    int64_t col = 0;
+    for (; col + wide <= cols; col += wide) {
+      micro_tile<kRows, direct_cols(kRows)>(depth, a, a_row, 1, b + col, b_row, width, c + col,
+                                            c_row, true);
+    }
+    for (; col < cols; col += width) {
+      micro_tile<kRows, 1>(depth, a, a_row, 1, b + col, b_row, min_of<int64_t>(cols - col, width),
+                           c + col, c_row, true);
+    }
+  } else if constexpr (kRows > 1) {
+    direct_rows<kRows - 1>(rows, cols, depth, a, a_row, b, b_row, c, c_row);
+  }
+}
+
+// C[rows, cols] += A[rows, depth] B[depth, cols] with B read once, in place, in its own type: for
+// too few rows to pay for packing B. C's rows must have room for whole vectors.
+template <class Acc, class T>
+void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
+                      const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, depth, a + row * a_row,
+                           a_row, b, b_row, c + row * c_row, c_row);
+  }
+}
+
+// S[kRows, 4] = A[kRows, depth] (four rows of B)^T, vectors along the depth.
+template <int kRows, class Acc, class T>
+FIL_INLINE void dot_tile(int64_t depth, const Acc* a, int64_t a_row, const T* const (&b)[4], Acc* s,
+                         int64_t s_row) {
+  Vector<Acc> sum[kRows][4] = {};
+  int64_t d = 0;
+  for (; d + kWidth<Acc> <= depth; d += kWidth<Acc>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vector<Acc> key = load_as<Acc>(b[j] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][j] = fma(load(a + r * a_row + d), key, sum[r][j]);
+    }
+  }
+  if (d < depth) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vector<Acc> key = load_part_as<Acc>(b[j] + d, depth - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][j] = fma(load(a + r * a_row + d), key, sum[r][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) reduce_sum_4(sum[r], s + r * s_row);
+}
+
+// S[rows, cols] = A[rows, depth] B[cols, depth]^T with B read in place: for few rows. A's rows are
+// zero up to a whole vector; S's rows have room for a multiple of four columns.
+template <class Acc, class T>
+void tile_dot(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
+              int64_t b_row, Acc* s, int64_t s_row) {
+  for (int64_t col = 0; col < cols; col += 4) {
+    const T* key[4];
+    // Columns behind the last repeat it: nothing is read that is not there.
+    for (int j = 0; j < 4; ++j) key[j] = b + min_of(col + j, cols - 1) * b_row;
+    int64_t row = 0;
+    for (; row + 3 <= rows; row += 3) {
+      dot_tile<3>(depth, a + row * a_row, a_row, key, s + row * s_row + col, s_row);
+    }
+    if (rows - row == 2)
+      dot_tile<2>(depth, a + row * a_row, a_row, key, s + row * s_row + col, s_row);
+    if (rows - row == 1)
+      dot_tile<1>(depth, a + row * a_row, a_row, key, s + row * s_row + col, s_row);
+  }
+}
+
+// panels <- the rows of B [rows, cols] in place order, padded with zeros: B as the right operand.
+template <class Acc, class T>
+void pack_rows(int64_t rows, int64_t cols, const T* b, int64_t b_row, Acc* panels) {
+  for (int64_t col = 0; col < cols; col += kPanel<Acc>) {
+    Acc* panel = panels + col * rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < kTileCols; ++j) {
+        const int64_t at = col + j * kWidth<Acc>, count = cols - at;
+        const T* p = b + r * b_row + at;
+        const Vector<Acc> v = count >= kWidth<Acc> ? load_as<Acc>(p)
+                              : count > 0          ? load_part_as<Acc>(p, count)
+                                                   : Vector<Acc>{};
+        store(panel + r * kPanel<Acc> + j * kWidth<Acc>, v);
+      }
+    }
+  }
+}
+
+// panels <- B^T for B [rows, cols]: depth is B's cols, panel columns are B's rows. staging holds
+// kPanel rows of B, rounded up to whole vectors.
+template <class Acc, class T>
+void pack_transposed(int64_t rows, int64_t cols, const T* b, int64_t b_row, Acc* panels,
+                     Acc* staging) {
+  const int64_t stride = round_up(cols, kWidth<Acc>);
+  for (int64_t first = 0; first < rows; first += kPanel<Acc>) {
+    for (int64_t r = 0; r < kPanel<Acc>; ++r) {
+      const bool inside = first + r < rows;
+      const T* row = b + min_of(first + r, rows - 1) * b_row;
+      for (int64_t c = 0; c < cols; c += kWidth<Acc>) {
+        const Vector<Acc> v = !inside                   ? Vector<Acc>{}
+                              : cols - c >= kWidth<Acc> ? load_as<Acc>(row + c)
+                                                        : load_part_as<Acc>(row + c, cols - c);
+        store(staging + r * stride + c, v);
+      }
+    }
+    transpose(kPanel<Acc>, cols, staging, stride, panels + first * cols, kPanel<Acc>);
+  }
+}
+
+}  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

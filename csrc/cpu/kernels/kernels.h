@@ -1,0 +1,17 @@
+// All kernels of a level, and its table.
+#pragma once
+
+#include "cpu/kernels/attention_bwd.h"
+#include "cpu/kernels/attention_fwd.h"
+#include "cpu/kernels/combine.h"
+
+namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+template <class Element>
+constexpr Kernels kernels_of() {
+  return {{attention_fwd_tasks<Element>, attention_fwd_scratch<Element>, attention_fwd<Element>},
+          {attention_bwd_tasks<Element>, attention_bwd_scratch<Element>, attention_bwd<Element>},
+          {combine_tasks<Element>, combine_scratch<Element>, combine<Element>}};
+}
+
+}  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -1,0 +1,139 @@
+// Every feature that changes a score acts here, at run time, on one row of an fp32 score tile.
+#pragma once
+
+#include "cpu/isa/math.h"
+#include "cpu/kernels/arena.h"
+
+namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+constexpr double kLog2e = 1.44269504088896340735992;
+constexpr double kLn2 = 0.693147180559945309417232;
+
+// One row of a tile: a query of one head, and the keys its sequence, causal and window leave it.
+struct Row {
+  int64_t query;
+  int64_t head;
+  KeyRange visible;
+};
+
+// Keys [first, first + count) of the tile at hand.
+struct KeyBlock {
+  int64_t first;
+  int64_t count;
+};
+
+FIL_INLINE void describe_rows(const AttentionParams& p, const Visibility& visibility,
+                              int64_t head_kv, int64_t first_row, int64_t count, Row* rows) {
+  const int64_t group = p.group_size();
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r].query = (first_row + r) / group;
+    rows[r].head = head_kv * group + (first_row + r) % group;
+    rows[r].visible = visibility.row(rows[r].query);
+  }
+}
+
+template <class T>
+FIL_INLINE const T* element_of(const Strided<const void*>& x, int64_t batch, int64_t seq,
+                               int64_t head) {
+  return static_cast<const T*>(x.data) + batch * x.batch + seq * x.seqlen + head * x.head;
+}
+template <class T>
+FIL_INLINE T* element_of(const Strided<void*>& x, int64_t batch, int64_t seq, int64_t head) {
+  return static_cast<T*>(x.data) + batch * x.batch + seq * x.seqlen + head * x.head;
+}
+
+FIL_INLINE int64_t mask_offset(const MaskView& m, int64_t batch, const Row& row, int64_t key) {
+  return batch * m.batch + row.head * m.head + row.query * m.row + key * m.col;
+}
+
+// Finite stays finite in log2 units: finfo.min means "very unlikely", only -inf means hidden.
+template <class Acc>
+FIL_INLINE Acc bias_log2(double x) {
+  constexpr double largest = sizeof(Acc) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
+  const double scaled = x * kLog2e;
+  if (x == __builtin_inf() || x == -__builtin_inf()) return Acc(x);
+  return Acc(scaled < -largest ? -largest : scaled > largest ? largest : scaled);
+}
+
+template <class Acc, class M>
+FIL_INLINE void load_bias(const M* p, int64_t stride, int64_t count, Acc* bias) {
+  for (int64_t c = 0; c < count; ++c) bias[c] = bias_log2<Acc>(to_float(p[c * stride]));
+}
+
+// bias[count] <- the mask as an addend in log2 units, -inf where it hides the key.
+template <class Acc>
+FIL_INLINE void load_mask(const MaskView& m, int64_t offset, int64_t count, Acc* bias) {
+  switch (m.type) {
+    case MaskType::kNone:
+      return;
+    case MaskType::kBool: {
+      const uint8_t* p = static_cast<const uint8_t*>(m.data) + offset;
+      for (int64_t c = 0; c < count; ++c) bias[c] = p[c * m.col] ? Acc(0) : Acc(-__builtin_inf());
+      return;
+    }
+    case MaskType::kFloat64:
+      return load_bias(static_cast<const double*>(m.data) + offset, m.col, count, bias);
+    case MaskType::kFloat32:
+      return load_bias(static_cast<const float*>(m.data) + offset, m.col, count, bias);
+    case MaskType::kBFloat16:
+      return load_bias(static_cast<const BFloat16*>(m.data) + offset, m.col, count, bias);
+    case MaskType::kFloat16:
+      return load_bias(static_cast<const Float16*>(m.data) + offset, m.col, count, bias);
+  }
+}
+
+// Turns raw products q.k of one row into scores in log2 units, -inf where the key is hidden and
+// behind the last key up to a whole vector. `bias` holds the row of the mask and is refilled unless
+// `bias_is_loaded`. `softcap_slope`, if not null, receives d(capped score) / d(scaled product).
+// Returns whether a key of the block is hidden from this row.
+template <class Acc>
+FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row& row,
+                              KeyBlock keys, Acc* s, Acc* bias, bool bias_is_loaded,
+                              Acc* softcap_slope) {
+  constexpr int width = kWidth<Acc>;
+  const Acc minus_inf = Acc(-__builtin_inf());
+  const int64_t padded = round_up(keys.count, width);
+  bool hides = false;
+
+  if (p.softcap > 0) {
+    const Acc inner = Acc(p.softmax_scale / p.softcap), outer = Acc(p.softcap * kLog2e);
+    for (int64_t c = 0; c < padded; c += width) {
+      const Vector<Acc> t = tanh<Acc>(load(s + c) * inner);
+      store<Acc>(s + c, t * outer);
+      if (softcap_slope) store<Acc>(softcap_slope + c, Acc(1) - t * t);
+    }
+  } else {
+    const Acc scale_log2 = Acc(p.softmax_scale * kLog2e);
+    for (int64_t c = 0; c < padded; c += width) store<Acc>(s + c, load(s + c) * scale_log2);
+  }
+
+  if (p.mask.type != MaskType::kNone) {
+    if (!bias_is_loaded) {
+      load_mask(p.mask, mask_offset(p.mask, batch, row, keys.first), keys.count, bias);
+      for (int64_t c = keys.count; c < padded; ++c) bias[c] = minus_inf;
+    }
+    // Selected, not added: a hidden key's score may be NaN.
+    for (int64_t c = 0; c < padded; c += width) {
+      const Vector<Acc> b = load(bias + c);
+      store<Acc>(s + c, b == minus_inf ? b : load(s + c) + b);
+    }
+    for (int64_t c = 0; c < keys.count; ++c) hides |= bias[c] == minus_inf;
+  }
+
+  const int64_t begin = min_of(max_of<int64_t>(row.visible.begin - keys.first, 0), keys.count);
+  const int64_t end = max_of(min_of(row.visible.end - keys.first, keys.count), begin);
+  for (int64_t c = 0; c < begin; ++c) s[c] = minus_inf;
+  for (int64_t c = end; c < padded; ++c) s[c] = minus_inf;
+  return hides || begin > 0 || end < keys.count;
+}
+
+// Whether the row sees the key: the slow, exact question behind finish_scores.
+FIL_INLINE bool sees(const AttentionParams& p, int64_t batch, const Row& row, int64_t key) {
+  if (key < row.visible.begin || key >= row.visible.end) return false;
+  if (p.mask.type == MaskType::kNone) return true;
+  double bias = 0;
+  load_mask(p.mask, mask_offset(p.mask, batch, row, key), 1, &bias);
+  return bias != -__builtin_inf();
+}
+
+}  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -1,0 +1,40 @@
+// The table of compiled CPU kernels: one row per level and element type.
+#pragma once
+
+#include <cstdint>
+
+#include "common/params/attention.h"
+
+namespace flashinfer_lite::cpu {
+
+// A kernel runs one task at a time on one worker's scratch; any order, any worker.
+template <class Params>
+struct Kernel {
+  int64_t (*tasks)(const Params&) = nullptr;
+  int64_t (*scratch)(const Params&) = nullptr;  // bytes
+  void (*run)(const Params&, int64_t task, void* scratch) = nullptr;
+};
+
+struct Kernels {
+  Kernel<AttentionFwdParams> attention_fwd;
+  Kernel<AttentionBwdParams> attention_bwd;
+  Kernel<CombineParams> combine;
+};
+
+struct KernelTable {
+  Kernels float64, float32, bfloat16, float16;
+};
+
+// Ascending: a higher level runs wherever its table is not null and the processor has it.
+enum class Level : int { kBaseline, kAvx2, kAvx512 };
+constexpr int kNumLevels = 3;
+constexpr const char* kLevelNames[kNumLevels] = {"baseline", "avx2", "avx512"};
+
+const KernelTable* baseline_table();
+const KernelTable* avx2_table();    // null where it is not compiled in
+const KernelTable* avx512_table();  // likewise
+
+// The level's table if this build has it and this processor can run it, else null.
+const KernelTable* table_of(Level level);
+
+}  // namespace flashinfer_lite::cpu

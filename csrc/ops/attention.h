@@ -1,0 +1,167 @@
+// From the tensors of an attention call to checked AttentionParams.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/params/attention.h"
+#include "ops/check.h"
+
+namespace flashinfer_lite {
+
+// How ops spell causal: the schema's int.
+enum class Causal : int64_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
+
+// What every attention op takes besides its outputs, in the order of the schemas.
+struct AttentionArgs {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const std::optional<Tensor>& mask;
+  const std::optional<Tensor>& kv_start;
+  const std::optional<Tensor>& seqlens_kv;
+  double softmax_scale;
+  double softcap;
+  int64_t causal;
+  int64_t window_left;
+  int64_t window_right;
+};
+
+// Owns the lengths that params point to.
+struct Lengths {
+  std::vector<int64_t> kv_start, seqlens_kv;
+};
+
+template <class Pointer>
+void set_strided(Strided<Pointer>& view, const Tensor& x) {
+  view.data = x.data_ptr();
+  view.batch = x.stride(0);
+  view.seqlen = x.stride(1);
+  view.head = x.stride(2);
+}
+
+inline bool is_element_type(ScalarType type) {
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+inline std::vector<int64_t> read_lengths(const char* name, const Tensor& x, int64_t batch_size) {
+  check_cpu(name, x);
+  check_shape(name, x, {batch_size});
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Int || type == ScalarType::Long, name,
+        ": expected dtype int32 or int64, got ", dtype_text(type));
+  std::vector<int64_t> values(batch_size);
+  for (int64_t b = 0; b < batch_size; ++b) {
+    const int64_t at = b * x.stride(0);
+    values[b] = type == ScalarType::Int ? static_cast<const int32_t*>(x.data_ptr())[at]
+                                        : static_cast<const int64_t*>(x.data_ptr())[at];
+  }
+  return values;
+}
+
+inline MaskType mask_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return MaskType::kBool;
+    case ScalarType::Double:
+      return MaskType::kFloat64;
+    case ScalarType::Float:
+      return MaskType::kFloat32;
+    case ScalarType::BFloat16:
+      return MaskType::kBFloat16;
+    case ScalarType::Half:
+      return MaskType::kFloat16;
+    default:
+      fail("mask: expected dtype bool or floating point, got ", dtype_text(type));
+  }
+}
+
+inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
+  check_cpu("mask", mask);
+  const int64_t full[4] = {p.batch_size, p.num_heads_q, p.seqlen_q, p.seqlen_kv};
+  int64_t stride[4];
+  bool fits = mask.dim() == 4;
+  for (int64_t i = 0; fits && i < 4; ++i) {
+    fits = mask.size(i) == full[i] || mask.size(i) == 1;
+    stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+  }
+  check(fits, "mask: expected a shape that broadcasts to [", full[0], ", ", full[1], ", ", full[2],
+        ", ", full[3], "], got ", shape_text(mask));
+  return {mask.data_ptr(), mask_type(mask.scalar_type()), stride[0], stride[1], stride[2],
+          stride[3]};
+}
+
+// Fills every field of AttentionParams, or throws.
+inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs& a) {
+  const ScalarType type = a.q.scalar_type();
+  check(is_element_type(type), "q: expected dtype float64, float32, bfloat16 or float16, got ",
+        dtype_text(type));
+  for (const auto& [name, x] :
+       {std::pair<const char*, const Tensor&>{"q", a.q}, {"k", a.k}, {"v", a.v}}) {
+    check_cpu(name, x);
+    check(x.dim() == 4, name, ": expected 4 dimensions [batch, seqlen, num_heads, head_dim], got ",
+          shape_text(x));
+    check_dtype(name, x, type);
+    check_last_stride(name, x);
+  }
+  p.batch_size = a.q.size(0);
+  p.seqlen_q = a.q.size(1);
+  p.num_heads_q = a.q.size(2);
+  p.head_dim = a.q.size(3);
+  p.seqlen_kv = a.k.size(1);
+  p.num_heads_kv = a.k.size(2);
+  p.head_dim_v = a.v.size(3);
+  check_shape("k", a.k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim});
+  check_shape("v", a.v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v});
+  for (const auto& [name, dim] :
+       {std::pair<const char*, int64_t>{"q", p.head_dim}, {"v", p.head_dim_v}}) {
+    check(dim % 8 == 0 && dim >= 8 && dim <= 256, name,
+          ": expected head_dim a multiple of 8 in [8, 256], got ", dim);
+  }
+  const bool divides =
+      p.num_heads_kv == 0 ? p.num_heads_q == 0 : p.num_heads_q % p.num_heads_kv == 0;
+  check(divides, "q: expected num_heads a multiple of k's num_heads ", p.num_heads_kv, ", got ",
+        p.num_heads_q);
+  set_strided(p.q, a.q);
+  set_strided(p.k, a.k);
+  set_strided(p.v, a.v);
+  if (a.mask) p.mask = mask_view(*a.mask, p);
+
+  check(std::isfinite(a.softmax_scale), "softmax_scale: expected a finite number, got ",
+        a.softmax_scale);
+  check(std::isfinite(a.softcap) && a.softcap >= 0,
+        "softcap: expected a finite number > 0, or 0 for none, got ", a.softcap);
+  p.softmax_scale = a.softmax_scale;
+  p.softcap = a.softcap;
+
+  const Causal causal = static_cast<Causal>(a.causal);
+  check(a.causal >= 0 && a.causal <= 2,
+        "causal: expected 0 (none), 1 (bottom_right) or 2 (top_left), got ", a.causal);
+  check(a.window_left >= -1, "window_left: expected >= 0, or -1 for open, got ", a.window_left);
+  check(a.window_right >= -1, "window_right: expected >= 0, or -1 for open, got ", a.window_right);
+  p.alignment = causal == Causal::kTopLeft ? Alignment::kTopLeft : Alignment::kBottomRight;
+  // A window beyond both lengths is open; the bound keeps position arithmetic far from overflow.
+  const int64_t widest = p.seqlen_q + p.seqlen_kv;
+  p.window_left = std::min(a.window_left, widest);
+  p.window_right = causal == Causal::kNone ? std::min(a.window_right, widest) : 0;
+
+  if (a.kv_start) {
+    lengths.kv_start = read_lengths("kv_start", *a.kv_start, p.batch_size);
+    p.kv_start = lengths.kv_start.data();
+  }
+  if (a.seqlens_kv) {
+    lengths.seqlens_kv = read_lengths("seqlens_kv", *a.seqlens_kv, p.batch_size);
+    p.seqlens_kv = lengths.seqlens_kv.data();
+  }
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    const int64_t end = p.seqlens_kv ? p.seqlens_kv[b] : p.seqlen_kv;
+    const int64_t start = p.kv_start ? p.kv_start[b] : 0;
+    check(end >= 0 && end <= p.seqlen_kv, "seqlens_kv: expected values in [0, ", p.seqlen_kv,
+          "], got ", end, " at batch ", b);
+    check(start >= 0 && start <= end, "kv_start: expected values in [0, seqlens_kv = ", end,
+          "], got ", start, " at batch ", b);
+  }
+}
+
+}  // namespace flashinfer_lite

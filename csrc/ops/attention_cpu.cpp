@@ -1,0 +1,135 @@
+// attention_fwd and attention_bwd on the CPU.
+#include <tuple>
+
+#include "common/heuristics.h"
+#include "ops/attention.h"
+#include "ops/runtime_cpu.h"
+
+namespace flashinfer_lite {
+namespace {
+
+double forward_work(const AttentionParams& p) {
+  return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
+         (p.head_dim + p.head_dim_v);
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const std::optional<Tensor>& mask,
+                                         const std::optional<Tensor>& kv_start,
+                                         const std::optional<Tensor>& seqlens_kv,
+                                         double softmax_scale, double softcap, int64_t causal,
+                                         int64_t window_left, int64_t window_right) {
+  AttentionFwdParams p;
+  Lengths lengths;
+  set_params(p, lengths,
+             {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, window_left,
+              window_right});
+  const ScalarType type = q.scalar_type();
+  const cpu::Kernels& kernels = cpu_kernels(type);
+  Tensor out =
+      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type);
+  Tensor lse = torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q},
+                                        accumulator_type(type));
+  set_strided(p.out, out);
+  p.lse = lse.data_ptr();
+  count_call();
+  if (lse.numel() > 0) run_tasks(kernels.attention_fwd, p, forward_work(p));
+  return {out, lse};
+}
+
+// dmask is empty unless wanted; then it has mask's shape and the accumulator's dtype.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
+    double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
+    bool wants_dmask) {
+  AttentionBwdParams p;
+  Lengths lengths;
+  set_params(p, lengths,
+             {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, window_left,
+              window_right});
+  const ScalarType type = q.scalar_type(), accumulator = accumulator_type(type);
+  const cpu::Kernels& kernels = cpu_kernels(type);
+  for (const auto& [name, x] :
+       {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
+    check_cpu(name, x);
+    check_dtype(name, x, type);
+    check_shape(name, x, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});
+    check_last_stride(name, x);
+  }
+  const auto check_lse = [&](const char* name, const Tensor& x) {
+    check_cpu(name, x);
+    check_dtype(name, x, accumulator);
+    check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
+    check(x.is_contiguous(), name, ": expected a contiguous tensor");
+  };
+  check_lse("lse", lse);
+  if (dlse) check_lse("dlse", *dlse);
+  check(!wants_dmask || (mask && mask->scalar_type() != ScalarType::Bool),
+        "wants_dmask: expected an additive mask to differentiate");
+
+  Tensor dq =
+      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim}, type);
+  Tensor dk =
+      torch::stable::new_empty(k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim}, type);
+  Tensor dv =
+      torch::stable::new_empty(v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v}, type);
+  Tensor dmask =
+      wants_dmask
+          ? torch::stable::new_zeros(
+                *mask, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, accumulator)
+          : torch::stable::new_empty(q, {0}, accumulator);
+  set_strided(p.out, out);
+  set_strided(p.dout, dout);
+  set_strided(p.dq, dq);
+  set_strided(p.dk, dk);
+  set_strided(p.dv, dv);
+  p.lse = lse.data_ptr();
+  p.dlse = dlse ? dlse->data_ptr() : nullptr;
+  count_call();
+  if (lse.numel() == 0 || p.seqlen_kv == 0) {
+    torch::stable::zero_(dq);
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+    return {dq, dk, dv, dmask};
+  }
+
+  // Five products per tile: 2.5 times the forward.
+  double work = 2.5 * forward_work(p);
+  if (wants_dmask) {
+    const auto stride = [&](int64_t i) { return dmask.size(i) == 1 ? 0 : dmask.stride(i); };
+    p.dmask = dmask.data_ptr();
+    p.dmask_batch = stride(0);
+    p.dmask_head = stride(1);
+    p.dmask_row = stride(2);
+    p.dmask_col = stride(3);
+    // Tasks that share a gradient element may not run side by side.
+    if (p.dmask_batch == 0 || p.dmask_head == 0 || p.dmask_col == 0) work = 0;
+  }
+  const int64_t independent = p.batch_size * p.num_heads_kv;
+  const bool fused = work < kSerialWork || independent >= int64_t{torch::stable::get_num_threads()};
+  if (fused) {
+    const int64_t width =
+        (p.head_dim + kAccumulatorAlign - 1) / kAccumulatorAlign * kAccumulatorAlign;
+    Tensor dq_accum =
+        torch::stable::new_zeros(q, {independent, p.rows_per_kv_head(), width}, accumulator);
+    p.dq_accum = dq_accum.data_ptr();
+    p.pass = BwdPass::kFused;
+    run_tasks(kernels.attention_bwd, p, work);
+  } else {
+    p.pass = BwdPass::kKeys;
+    run_tasks(kernels.attention_bwd, p, work);
+    p.pass = BwdPass::kQueries;
+    run_tasks(kernels.attention_bwd, p, work);
+  }
+  return {dq, dk, dv, dmask};
+}
+
+}  // namespace
+}  // namespace flashinfer_lite
+
+STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CPU, m) {
+  m.impl("attention_fwd", FIL_BOX(flashinfer_lite::attention_fwd));
+  m.impl("attention_bwd", FIL_BOX(flashinfer_lite::attention_bwd));
+}

@@ -1,0 +1,114 @@
+// Checks that guard memory, repeated in C++ because torch.ops is callable by anyone. Messages name
+// the argument, what was wanted and what came. Never thrown from a parallel region.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace flashinfer_lite {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
+
+template <class... Args>
+void check(bool ok, const Args&... args) {
+  if (!ok) fail(args...);
+}
+
+inline std::string shape_text(const Tensor& x) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline ScalarType accumulator_type(ScalarType element) {
+  return element == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_cpu(const char* name, const Tensor& x) {
+  check(x.is_cpu(), name, ": expected a CPU tensor like q, got one on another device");
+}
+
+inline void check_dtype(const char* name, const Tensor& x, ScalarType wanted) {
+  const ScalarType got = x.scalar_type();
+  check(got == wanted, name, ": expected dtype ", dtype_text(wanted), ", got ", dtype_text(got));
+}
+
+inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> wanted) {
+  bool same = x.dim() == static_cast<int64_t>(wanted.size());
+  int64_t i = 0;
+  for (const int64_t size : wanted) same = same && x.size(i++) == size;
+  if (same) return;
+  std::ostringstream text;
+  for (const int64_t size : wanted) text << (text.tellp() > 0 ? ", " : "") << size;
+  fail(name, ": expected shape [", text.str(), "], got ", shape_text(x));
+}
+
+// The last dimension's stride is free where it holds at most one element.
+inline void check_last_stride(const char* name, const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  check(x.size(last) <= 1 || x.stride(last) == 1, name,
+        ": expected the last dimension contiguous (stride 1), got stride ", x.stride(last));
+}
+
+// A kernel registered with the stable ABI is boxed by these very types, and a wrong one is silent:
+// a C++ float reads 0.0 where the schema says float, an int32_t truncates.
+template <class T>
+constexpr bool is_boxable =
+    std::is_same_v<T, double> || std::is_same_v<T, int64_t> || std::is_same_v<T, bool> ||
+    std::is_same_v<T, Tensor> || std::is_same_v<T, std::string>;
+template <class T>
+constexpr bool is_boxable<std::optional<T>> = is_boxable<T>;
+
+template <auto function>
+struct Boxed;
+template <class Result, class... Args, Result (*function)(Args...)>
+struct Boxed<function> {
+  static_assert((is_boxable<std::remove_cvref_t<Args>> && ...),
+                "op arguments are double, int64_t, bool, Tensor, std::string or optional of these");
+};
+
+#define FIL_BOX(function) ((void)::flashinfer_lite::Boxed<&function>{}, TORCH_BOX(&function))
+
+}  // namespace flashinfer_lite

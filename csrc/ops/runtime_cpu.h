@@ -1,0 +1,57 @@
+// Runs CPU kernels on torch's threads: the level in force, task distribution, scratch, counters.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/kernels/table.h"
+#include "ops/check.h"
+
+namespace flashinfer_lite {
+
+// The kernels of the level in force for an element type. Throws if FLASHINFER_LITE_ISA names a
+// level that this machine does not have.
+const cpu::Kernels& cpu_kernels(ScalarType element);
+
+// Counts one call for stats().
+void count_call();
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Work below this many multiply-adds is done before another thread has woken up.
+constexpr double kSerialWork = 1e5;
+
+// Runs all tasks, `grain` at a time, on as many threads as `work` multiply-adds deserve. Which
+// thread runs a task never changes its result.
+template <class Params>
+void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, int64_t grain = 1) {
+  const int64_t tasks = kernel.tasks(p);
+  if (tasks == 0) return;
+  const int64_t threads = work < kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t workers = std::min((tasks + grain - 1) / grain, threads);
+  const int64_t bytes = (kernel.scratch(p) + 63) / 64 * 64;
+  const std::unique_ptr<char, FreeDeleter> scratch(
+      static_cast<char*>(std::aligned_alloc(64, workers * bytes)));
+  check(scratch != nullptr || bytes == 0, "out of memory: ", workers * bytes, " bytes of scratch");
+
+  std::atomic<int64_t> next{0};
+  const auto work_on = [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      for (int64_t task; (task = next.fetch_add(grain, std::memory_order_relaxed)) < tasks;) {
+        for (int64_t t = task; t < std::min(task + grain, tasks); ++t) {
+          kernel.run(p, t, scratch.get() + worker * bytes);
+        }
+      }
+    }
+  };
+  if (workers == 1) {
+    work_on(0, 1);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, work_on);
+  }
+}
+
+}  // namespace flashinfer_lite

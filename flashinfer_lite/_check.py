@@ -1,0 +1,165 @@
+"""Argument checks of the public functions. Each message: argument, what is wanted, what came."""
+
+import math
+
+import torch
+
+from flashinfer_lite import _ops
+
+CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
+ELEMENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def not_landed(**arguments):
+    """Refuse arguments that exist in the signature but have no kernel yet."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}: not implemented yet, got {_short(value)}")
+
+
+def _short(value):
+    return f"a tensor of shape {list(value.shape)}" if torch.is_tensor(value) else repr(value)
+
+
+def tensor(name, x):
+    if not torch.is_tensor(x):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+
+
+def qkv(q, k, v, names=("q", "k", "v")):
+    """Types, shapes, dtypes, devices and strides of the three tensors."""
+    for name, x in zip(names, (q, k, v), strict=True):
+        tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions [batch, seqlen, num_heads, head_dim], "
+                f"got shape {list(x.shape)}"
+            )
+        if x.dtype not in ELEMENT_DTYPES:
+            raise TypeError(
+                f"{name}: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}"
+            )
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+        if x.shape[3] % 8 or not 8 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: expected head_dim a multiple of 8 in [8, {MAX_HEAD_DIM}], "
+                f"got {x.shape[3]}"
+            )
+        if x.stride(3) != 1:
+            raise ValueError(
+                f"{name}: expected the last dimension contiguous (stride 1), got stride "
+                f"{x.stride(3)}"
+            )
+    (batch_size, _, num_heads_q, head_dim), (_, seqlen_kv, num_heads_kv, _) = q.shape, k.shape
+    wanted = [batch_size, seqlen_kv, num_heads_kv, head_dim]
+    if k.shape[0] != batch_size or k.shape[3] != head_dim:
+        raise ValueError(f"{names[1]}: expected shape {wanted} to fit q, got {list(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"{names[2]}: expected shape {[*wanted[:3], 'head_dim_v']} like {names[1]}, "
+            f"got {list(v.shape)}"
+        )
+    if num_heads_q % num_heads_kv if num_heads_kv else num_heads_q:
+        raise ValueError(
+            f"q: expected num_heads a multiple of {names[1]}'s num_heads {num_heads_kv}, "
+            f"got {num_heads_q}"
+        )
+
+
+def scores(q, causal, window, softmax_scale, softcap):
+    """(softmax_scale, softcap, causal, window_left, window_right) as the ops take them."""
+    if not isinstance(causal, (bool, str)) or causal not in CAUSAL:
+        raise ValueError(
+            f"causal: expected False, True, 'bottom_right' or 'top_left', got {causal!r}"
+        )
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(
+            f"window: expected (left, right), each >= 0 or -1 for open, got {window!r}"
+        )
+    for side in window:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"window: expected integers, got {window!r}")
+        if side < -1:
+            raise ValueError(f"window: expected each side >= 0 or -1 for open, got {window!r}")
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    elif not math.isfinite(number("softmax_scale", softmax_scale)):
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale!r}")
+    if softcap is None:
+        softcap = 0.0
+    elif not (number("softcap", softcap) > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap!r}")
+    return float(softmax_scale), float(softcap), CAUSAL[causal], window[0], window[1]
+
+
+def number(name, x):
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    return x
+
+
+def lengths(name, x, q):
+    if x is None:
+        return
+    tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int32 or int64, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    if x.shape != (q.shape[0],):
+        raise ValueError(f"{name}: expected shape [{q.shape[0]}] (batch), got {list(x.shape)}")
+
+
+def mask(x, q, k):
+    """The mask with four dimensions, as the ops take it: a view."""
+    if x is None:
+        return None
+    tensor("mask", x)
+    if x.dtype != torch.bool and x.dtype not in ELEMENT_DTYPES:
+        raise TypeError(f"mask: expected dtype bool or floating point, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if not 1 <= x.dim() <= 4 or any(
+        size not in (1, want) for size, want in zip(x.shape, full[4 - x.dim() :], strict=True)
+    ):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to {list(full)} "
+            f"(batch, num_heads_q, seqlen_q, seqlen_kv), got {list(x.shape)}"
+        )
+    return x[(None,) * (4 - x.dim())]
+
+
+def choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def softmax_kind(softmax, phi):
+    choice("softmax", softmax, ("auto", "online", "unified"))
+    not_landed(softmax=softmax if softmax == "unified" else None, phi=phi)
+
+
+def under_autocast(*tensors):
+    """The tensors as autocast wants them: fp64 stays, other floating dtypes become its dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if torch.is_tensor(x) and x.dtype in ELEMENT_DTYPES[1:] else x for x in tensors
+    )
+
+
+def impl(value, q):
+    """Whether the reference runs instead of the kernel of q's device."""
+    choice("impl", value, ("auto", "reference", "cpu"))
+    if value == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"impl: 'cpu' expects CPU tensors, got {q.device}")
+    if not _ops.built and value != "reference":
+        raise RuntimeError(_ops.NOT_BUILT)
+    return value == "reference"

@@ -1,0 +1,151 @@
+"""What would run, what ran, and whether this installation is sound."""
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from flashinfer_lite import _check, _ops, reference
+from flashinfer_lite.attention import attention, prepare
+from flashinfer_lite.decode import decode
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choice an op makes for its arguments.
+
+    Attributes:
+        kernel: the kernel and, on the CPU, its level, e.g. "attention_fwd cpu avx2".
+        tile: (block_m, block_n): rows (queries times the heads of a group) and keys per step.
+        kv_splits: into how many parts the keys are split.
+        rejected: {kernel: reason} of the others.
+    """
+
+    kernel: str
+    tile: tuple[int, int]
+    kv_splits: int
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters of this process since the start or the last reset.
+
+    Attributes:
+        calls: native op calls.
+        rows_checked, rows_recomputed: rows that the unified-max softmax checked and recomputed.
+    """
+
+    calls: int
+    rows_checked: int
+    rows_recomputed: int
+
+
+def stats(reset: bool = False) -> Stats:
+    """Counters of the native ops; `reset` sets them to 0 after reading."""
+    if not _ops.built:
+        raise RuntimeError(_ops.NOT_BUILT)
+    return Stats(*_ops.stats(reset).tolist())
+
+
+def explain(op, *args, **kwargs) -> Explanation:
+    """What `op(*args, **kwargs)` would run, without running it.
+
+    Args:
+        op: flashinfer_lite.attention or flashinfer_lite.decode, or its name.
+        *args, **kwargs: the op's own arguments, checked as the op would.
+
+    Raises:
+        ValueError: if op is another function; and whatever the op itself raises for its arguments.
+
+    Example:
+        >>> flashinfer_lite.explain("decode", q, k_cache, v_cache).kv_splits
+        1
+    """
+    name = getattr(op, "__name__", op)
+    if name not in ("attention", "decode"):
+        raise ValueError(f"op: expected attention or decode, got {op!r}")
+    q, k, v = _check.under_autocast(*_positional(name, args, kwargs))
+    common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
+    defaults = {"causal": False, "window": (-1, -1)}
+    prepare(q, k, v, *(kwargs.get(c, defaults.get(c)) for c in common))
+    if _check.impl(kwargs.get("impl", "auto"), q):
+        rejected = {"cpu": "impl='reference' was asked for"}
+        return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
+
+    force_one = name == "attention"
+    splits = 1 if force_one else kwargs.get("kv_splits", 0)
+    invariant = not force_one and kwargs.get("batch_invariant", False)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    block_m, block_n, kv_splits = _ops.decode_plan(*sizes, splits, invariant).tolist()
+    isa = _ops.cpu_isa()
+    rejected = {"cuda": f"inputs are on {q.device}; {_ops.cuda_status}"}
+    for level in ("avx512", "avx2", "baseline"):
+        if level not in _ops.cpu_isas():
+            rejected[f"cpu {level}"] = "not on this processor"
+        elif level != isa:
+            rejected[f"cpu {level}"] = f"{isa} is in force"
+    if isa == "avx512" and q.dtype == torch.float64:
+        isa = "avx2"
+        rejected["cpu avx512"] = "float64 runs at the avx2 level"
+        rejected.pop("cpu avx2")
+    return Explanation(f"{name} cpu {isa}", (block_m, block_n), kv_splits, rejected)
+
+
+def _positional(name, args, kwargs):
+    names = ("q", "k", "v") if name == "attention" else ("q", "k_cache", "v_cache")
+    tensors = [*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
+    if len(tensors) != 3:
+        raise TypeError(f"{name}: expected {', '.join(names)}, got {len(tensors)} of them")
+    return tensors
+
+
+def doctor() -> bool:
+    """Print versions, levels and the state of both halves, and check the kernels. True if sound."""
+    from flashinfer_lite import __version__
+
+    print(f"flashinfer_lite {__version__}")
+    print(f"python          {platform.python_version()} on {platform.platform()}")
+    print(f"torch           {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"CUDA half       {_ops.cuda_status}")
+    if not _ops.built:
+        print(f"CPU half        {_ops.NOT_BUILT}")
+        return False
+    try:
+        isa, forced = _ops.cpu_isa(), os.environ.get("FLASHINFER_LITE_ISA")
+    except RuntimeError as error:
+        print(f"CPU half        {str(error).splitlines()[0]}")
+        return False
+    print(
+        f"CPU half        loaded; level {isa}{' (forced)' if forced else ''}, "
+        f"present: {', '.join(_ops.cpu_isas())}"
+    )
+    return _self_test()
+
+
+def _self_test():
+    sound, started = True, time.monotonic()
+    for dtype in _check.ELEMENT_DTYPES:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(2, 20, 6, 64, generator=generator).to(dtype)
+        k, v = torch.randn(2, 2, 200, 2, 64, generator=generator).to(dtype).unbind()
+        exact = reference.attention(q.double(), k.double(), v.double(), causal=True)
+        eager = reference.attention(q, k, v, causal=True)
+        # Twice the error of eager torch in the same dtype; fp64 has only its own rounding.
+        rounding = torch.finfo(dtype).eps * exact.abs().max()
+        error = (eager.double() - exact).abs().max()
+        allowed = 16 * rounding if dtype == torch.float64 else 2 * (error + rounding)
+        for op in (attention, decode):
+            error = (op(q, k, v, causal=True).double() - exact).abs().max()
+            ok = bool(error <= allowed)
+            sound &= ok
+            print(
+                f"self-test       {op.__name__:9} {str(dtype)[6:]:8} error {error:.1e} of "
+                f"{allowed:.1e} allowed: {'ok' if ok else 'WRONG'}"
+            )
+    print(
+        f"self-test       {'passed' if sound else 'FAILED'} in {time.monotonic() - started:.1f} s"
+    )
+    return sound

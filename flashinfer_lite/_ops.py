@@ -1,0 +1,184 @@
+"""The contract: every op's schema, its fake kernel, and autograd for the ops that train.
+
+Native kernels register themselves when their library is loaded; the Python functions above them
+validate, fill in defaults and call these ops positionally.
+"""
+
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+NOT_BUILT = (
+    'flashinfer_lite is not built: run "make build" '
+    "(or: pip install --no-build-isolation --no-deps -e .)"
+)
+
+# Schemas. causal: 0 none, 1 bottom_right, 2 top_left. softcap 0 is off. A window of -1 is open.
+_INPUTS = "Tensor? mask, Tensor? kv_start, Tensor? seqlens_kv"
+_SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
+SCHEMAS = {
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}) -> (Tensor, Tensor)",
+    "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
+    "bool batch_invariant) -> (Tensor, Tensor)",
+    "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
+    "int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "decode_plan": "(int batch_size, int seqlen_q, int seqlen_kv, int num_heads_q, "
+    "int num_heads_kv, int head_dim, int head_dim_v, int kv_splits, bool batch_invariant) -> Tensor",
+    "cpu_isa": "(str? name=None) -> str",
+    "cpu_isas": "() -> str",
+    "stats": "(bool reset=False) -> Tensor",
+}
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"flashinfer_lite::{_name}", _schema)
+
+
+def _load(stem: str) -> str | None:
+    """Load a native library of the package; None, or why it is not there."""
+    path = _HERE / f"{stem}.abi3.so"
+    if not path.exists():
+        return "not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"failed to load: {error}"
+    return None
+
+
+_cpu_error = _load("_C_cpu")
+built = _cpu_error is None
+# Registration is wanted for export and fake tensors too, so torch's build decides, not a device.
+cuda_status = "torch without CUDA" if torch.version.cuda is None else _load("_C_cuda") or "loaded"
+
+if not built:
+
+    def _not_built(*args, **kwargs):
+        raise RuntimeError(NOT_BUILT if _cpu_error == "not built" else f"_C_cpu {_cpu_error}")
+
+    for _name in SCHEMAS:
+        torch.library.impl(f"flashinfer_lite::{_name}", "CompositeExplicitAutograd")(_not_built)
+
+_namespace = torch.ops.flashinfer_lite
+attention_fwd = _namespace.attention_fwd.default
+attention_bwd = _namespace.attention_bwd.default
+decode = _namespace.decode.default
+decode_out = _namespace.decode.out
+decode_plan = _namespace.decode_plan.default
+merge_states = _namespace.merge_states.default
+stats = _namespace.stats.default
+
+
+def cpu_isa() -> str:
+    """The CPU level in force: baseline, avx2 or avx512."""
+    return _namespace.cpu_isa.default()
+
+
+def cpu_isas() -> list[str]:
+    """The CPU levels that are compiled in and that this processor has, ascending."""
+    return _namespace.cpu_isas.default().split()
+
+
+def set_cpu_isa(name: str | None) -> None:
+    """Force a CPU level for this process; None goes back to the default choice."""
+    _namespace.cpu_isa.default(name or "")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What lse and sums are kept in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_attention(q, v):
+    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    out = q.new_empty(batch_size, seqlen_q, num_heads_q, v.shape[-1])
+    lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=accumulator_dtype(q.dtype))
+    return out, lse
+
+
+@torch.library.register_fake("flashinfer_lite::attention_fwd")
+def _(q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right):
+    return _fake_attention(q, v)
+
+
+@torch.library.register_fake("flashinfer_lite::decode")
+def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *scalars):
+    return _fake_attention(q, v_cache)
+
+
+@torch.library.register_fake("flashinfer_lite::decode.out")
+def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
+    return None
+
+
+@torch.library.register_fake("flashinfer_lite::merge_states")
+def _(outs, lses):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+@torch.library.register_fake("flashinfer_lite::attention_bwd")
+def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
+    dmask = mask.new_empty(mask.shape, dtype=lse.dtype) if rest[-1] else lse.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
+
+
+def _save_attention(ctx, inputs, output):
+    q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs
+    ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, *output)
+    ctx.scalars = scalars
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, dout, dlse):
+    q, k, v, mask, kv_start, seqlens_kv, out, lse = ctx.saved_tensors
+    none = [None] * 8
+    if dout is None and dlse is None:
+        return None, None, None, *none
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    wants_dmask = mask is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = attention_bwd(
+        dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *ctx.scalars, wants_dmask
+    )
+    return dq, dk, dv, dmask.to(mask.dtype) if wants_dmask else None, *none[1:]
+
+
+torch.library.register_autograd(
+    "flashinfer_lite::attention_fwd", _attention_backward, setup_context=_save_attention
+)
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "flashinfer_lite has no second derivative: use reference.attention for double backward"
+    )
+
+
+torch.library.register_autograd("flashinfer_lite::attention_bwd", _refuse_double_backward)
+
+
+def _save_merge(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _merge_backward(ctx, dout, dlse):
+    # out = sum_s w_s out_s and lse = log sum_s exp(lse_s), with w_s = exp(lse_s - lse).
+    outs, lses, out, lse = ctx.saved_tensors
+    empty = lses == -torch.inf
+    weight = torch.where(empty, 0.0, (lses - lse).exp())
+    rows = weight.transpose(-1, -2).unsqueeze(-1)  # [num_states, batch, seqlen_q, num_heads_q, 1]
+    douts = (rows * dout).to(outs.dtype)
+    towards = ((outs.to(lses.dtype) - out) * dout).sum(-1).transpose(-1, -2)
+    dlses = torch.where(empty, 0.0, weight * (dlse + towards))
+    return douts, dlses
+
+
+torch.library.register_autograd(
+    "flashinfer_lite::merge_states", _merge_backward, setup_context=_save_merge
+)

@@ -1,0 +1,137 @@
+"""Attention over dense batches, forward and backward."""
+
+from flashinfer_lite import _check, _ops, reference
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window=(-1, -1),
+    softmax_scale=None,
+    softcap=None,
+    mask=None,
+    alibi_slopes=None,
+    sink=None,
+    kv_start=None,
+    seqlens_kv=None,
+    dropout_p=0.0,
+    softmax="auto",
+    phi=None,
+    deterministic=False,
+    batch_invariant=False,
+    impl="auto",
+    return_lse=False,
+):
+    """FlashAttention-2: exact attention without a seqlen_q x seqlen_kv buffer.
+
+        S = softcap(softmax_scale q k^T) + mask,  hidden keys at -inf
+        out = softmax(S) v,  lse = log sum exp(S)
+
+    Dao, "FlashAttention-2" (arXiv 2307.08691). K and V are read where they lie, never copied or
+    expanded. Differentiable in q, k, v, an additive mask, and through lse.
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim], float64, float32, bfloat16 or float16.
+        k: [batch, seqlen_kv, num_heads_kv, head_dim], num_heads_q a multiple of num_heads_kv:
+            query head h reads KV head h // (num_heads_q // num_heads_kv).
+        v: [batch, seqlen_kv, num_heads_kv, head_dim_v]. Both head dimensions are multiples of 8 up
+            to 256. The last dimension is contiguous, every other stride is free.
+        causal: False, True or "bottom_right" (row i sees keys <= i + seqlen_kv - seqlen_q), or
+            "top_left" (keys <= i, as torch's scaled_dot_product_attention).
+        window: (left, right) keys to each side of the row's position, inclusive; -1 is open. Without
+            causal the position is bottom-right aligned.
+        softmax_scale: default head_dim ** -0.5.
+        softcap: None, or c > 0 for c * tanh(score / c), before the mask.
+        mask: bool (True is visible) or additive floating point, where exactly -inf hides a key;
+            broadcasts to [batch, num_heads_q, seqlen_q, seqlen_kv].
+        kv_start, seqlens_kv: int32 or int64 [batch]: the visible slots of each sequence are
+            kv_start <= j < seqlens_kv; bottom-right alignment counts from seqlens_kv.
+        deterministic: accepted for symmetry; forward and backward are always bitwise repeatable on
+            the CPU.
+        batch_invariant: likewise always so here: a row's bits depend on its own sequence alone.
+        impl: "auto", "cpu", or "reference" (the eager oracle). Never falls back.
+        return_lse: also return lse.
+        alibi_slopes, sink, dropout_p, softmax="unified", phi: not implemented yet, refused.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim_v], or (out, lse) with lse [batch, num_heads_q,
+        seqlen_q], natural log, float32 (float64 for float64). A row that sees no key: out 0, lse
+        -inf, gradients 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is expected and what came.
+        RuntimeError: for values only the kernel reads (kv_start, seqlens_kv).
+        NotImplementedError: for arguments that have not landed.
+
+    Example:
+        >>> q = torch.randn(1, 5, 4, 64); k = v = torch.randn(1, 9, 2, 64)
+        >>> flashinfer_lite.attention(q, k, v, causal=True).shape
+        torch.Size([1, 5, 4, 64])
+    """
+    q, k, v = _check.under_autocast(q, k, v)
+    arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
+    _check.not_landed(
+        alibi_slopes=alibi_slopes, sink=sink, dropout_p=None if dropout_p == 0 else dropout_p
+    )
+    _check.softmax_kind(softmax, phi)
+    if _check.impl(impl, q):
+        out, lse = run_reference(arguments)
+    else:
+        out, lse = _ops.attention_fwd(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    q,
+    k,
+    v,
+    causal,
+    window,
+    softmax_scale,
+    softcap,
+    mask,
+    kv_start,
+    seqlens_kv,
+    names=("q", "k", "v"),
+):
+    """Check the common arguments and put them in the order of the ops' schemas."""
+    _check.qkv(q, k, v, names)
+    scores = _check.scores(q, causal, window, softmax_scale, softcap)
+    mask = _check.mask(mask, q, k)
+    _check.lengths("kv_start", kv_start, q)
+    _check.lengths("seqlens_kv", seqlens_kv, q)
+    return q, k, v, mask, kv_start, seqlens_kv, *scores
+
+
+def run_reference(arguments):
+    """The eager oracle on prepared arguments."""
+    q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right = arguments
+    return reference.attention(
+        q,
+        k,
+        v,
+        causal=(False, "bottom_right", "top_left")[causal],
+        window=(left, right),
+        softmax_scale=softmax_scale,
+        softcap=softcap or None,
+        mask=mask,
+        kv_start=kv_start,
+        seqlens_kv=seqlens_kv,
+        return_lse=True,
+    )
+
+
+def attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q=None, max_seqlen_kv=None, **kwargs
+):
+    """Attention over packed sequences of different lengths. Not implemented yet.
+
+    Raises:
+        NotImplementedError: always; pad the batch and pass kv_start or seqlens_kv to attention.
+    """
+    raise NotImplementedError(
+        "attention_varlen: not implemented yet; pad the batch and pass seqlens_kv to attention"
+    )

@@ -1,0 +1,216 @@
+"""Attention of few queries over a KV cache, and merging of attention states."""
+
+import torch
+
+from flashinfer_lite import _check, _ops
+from flashinfer_lite.attention import prepare, run_reference
+
+
+def decode(
+    q,
+    k_cache,
+    v_cache,
+    *,
+    seqlens_kv=None,
+    kv_start=None,
+    block_table=None,
+    kv_splits=0,
+    out=None,
+    process_group=None,
+    causal=False,
+    window=(-1, -1),
+    softmax_scale=None,
+    softcap=None,
+    mask=None,
+    alibi_slopes=None,
+    sink=None,
+    dropout_p=0.0,
+    softmax="auto",
+    phi=None,
+    deterministic=False,
+    batch_invariant=False,
+    impl="auto",
+    return_lse=False,
+):
+    """Flash-Decoding: attention of the newest queries over a KV cache, for inference.
+
+    The cache is read in place, once per KV head: the heads of a group share the read. Where batch
+    and KV heads leave threads idle, the keys are split and the partial states merged. Dao, Haziza,
+    Massa, Sizov, "Flash-Decoding for long-context inference" (2023).
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim], seqlen_q usually 1.
+        k_cache: [batch, capacity, num_heads_kv, head_dim], any strides with the last dimension
+            contiguous; slots outside [kv_start, seqlens_kv) may hold anything, NaN included.
+        v_cache: [batch, capacity, num_heads_kv, head_dim_v].
+        seqlens_kv, kv_start: int32 or int64 [batch]: the slots in use are
+            kv_start <= j < seqlens_kv. Default: the whole cache.
+        kv_splits: 0 chooses; 1 or more forces that many.
+        out: written in place and returned; [batch, seqlen_q, num_heads_q, head_dim_v] of q's dtype.
+        batch_invariant: split by the sequence's own length alone, so that a row's bits depend
+            neither on the batch nor on the number of threads. Excludes kv_splits.
+        block_table, process_group: not implemented yet, refused.
+        causal, window, softmax_scale, softcap, mask, impl, return_lse, and the rest: as in
+            `attention`. causal matters when seqlen_q > 1.
+
+    Returns:
+        out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
+
+    Raises:
+        RuntimeError: if an input requires grad while grad mode is on; for lengths out of range.
+        TypeError, ValueError, NotImplementedError: as in `attention`.
+
+    Example:
+        >>> q = torch.randn(2, 1, 8, 64); cache = torch.randn(2, 512, 2, 64)
+        >>> used = torch.tensor([512, 100])
+        >>> flashinfer_lite.decode(q, cache, cache, seqlens_kv=used).shape
+        torch.Size([2, 1, 8, 64])
+    """
+    q, k_cache, v_cache = _check.under_autocast(q, k_cache, v_cache)
+    arguments = prepare(
+        q,
+        k_cache,
+        v_cache,
+        causal,
+        window,
+        softmax_scale,
+        softcap,
+        mask,
+        kv_start,
+        seqlens_kv,
+        ("q", "k_cache", "v_cache"),
+    )
+    _check.not_landed(
+        block_table=block_table,
+        process_group=process_group,
+        alibi_slopes=alibi_slopes,
+        sink=sink,
+        dropout_p=None if dropout_p == 0 else dropout_p,
+    )
+    _check.softmax_kind(softmax, phi)
+    if isinstance(kv_splits, bool) or not isinstance(kv_splits, int):
+        raise TypeError(f"kv_splits: expected an integer, got {kv_splits!r}")
+    if not 0 <= kv_splits <= 4096:
+        raise ValueError(f"kv_splits: expected 0 (automatic) to 4096, got {kv_splits}")
+    if batch_invariant and kv_splits:
+        raise ValueError(f"kv_splits: expected 0 with batch_invariant, got {kv_splits}")
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("mask", mask)):
+            if x is not None and x.requires_grad:
+                raise RuntimeError(
+                    f"{name}: decode is for inference and got a tensor that requires grad; "
+                    "use attention to train, or torch.no_grad()"
+                )
+    if _check.impl(impl, q):
+        result, lse = run_reference(arguments)
+        result = result if out is None else _checked_out(out, q, v_cache).copy_(result)
+    elif out is None:
+        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant)
+    else:
+        result = _checked_out(out, q, v_cache)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
+        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse)
+    return (result, lse) if return_lse else result
+
+
+def _checked_out(out, q, v_cache):
+    _check.tensor("out", out)
+    wanted = [*q.shape[:3], v_cache.shape[3]]
+    if list(out.shape) != wanted:
+        raise ValueError(f"out: expected shape {wanted}, got {list(out.shape)}")
+    if out.dtype != q.dtype:
+        raise TypeError(f"out: expected q's dtype {q.dtype}, got {out.dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out: expected q's device {q.device}, got {out.device}")
+    if out.stride(3) != 1:
+        raise ValueError(
+            f"out: expected the last dimension contiguous (stride 1), got stride {out.stride(3)}"
+        )
+    return out
+
+
+def merge_states(outs, lses):
+    """Merge attention states of the same queries over disjoint sets of keys.
+
+        lse = log sum_s exp(lse_s),  out = sum_s exp(lse_s - lse) out_s
+
+    Differentiable in outs and lses. An empty state (lse -inf) is the identity whatever its out
+    holds; merging only empty states gives out 0 and lse -inf.
+
+    Args:
+        outs: [num_states, batch, seqlen_q, num_heads_q, head_dim_v], or a sequence of such states
+            without the first dimension; float64, float32, bfloat16 or float16.
+        lses: [num_states, batch, num_heads_q, seqlen_q] or a sequence likewise; natural log,
+            float32 (float64 with float64 outs).
+
+    Returns:
+        (out, lse) of one state.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what is expected and what came.
+
+    Example:
+        >>> first = flashinfer_lite.attention(q, k[:, :100], v[:, :100], return_lse=True)
+        >>> rest = flashinfer_lite.attention(q, k[:, 100:], v[:, 100:], return_lse=True)
+        >>> out, lse = flashinfer_lite.merge_states(*zip(first, rest))
+    """
+    outs = _stacked("outs", outs, 5)
+    lses = _stacked("lses", lses, 4)
+    if outs.dtype not in _check.ELEMENT_DTYPES:
+        raise TypeError(
+            f"outs: expected dtype float64, float32, bfloat16 or float16, got {outs.dtype}"
+        )
+    wanted_dtype = _ops.accumulator_dtype(outs.dtype)
+    if lses.dtype != wanted_dtype:
+        raise TypeError(f"lses: expected dtype {wanted_dtype}, got {lses.dtype}")
+    if lses.device != outs.device:
+        raise ValueError(f"lses: expected outs' device {outs.device}, got {lses.device}")
+    num_states, batch_size, seqlen_q, num_heads_q, _ = outs.shape
+    wanted = [num_states, batch_size, num_heads_q, seqlen_q]
+    if list(lses.shape) != wanted:
+        raise ValueError(f"lses: expected shape {wanted} to fit outs, got {list(lses.shape)}")
+    if outs.stride(-1) != 1 and outs.shape[-1] > 1:
+        raise ValueError(
+            f"outs: expected the last dimension contiguous (stride 1), got stride {outs.stride(-1)}"
+        )
+    if not _ops.built:
+        raise RuntimeError(_ops.NOT_BUILT)
+    return _ops.merge_states(outs, lses)
+
+
+def _stacked(name, states, dims):
+    if isinstance(states, (tuple, list)):
+        for state in states:
+            _check.tensor(name, state)
+        if not states or any(s.shape != states[0].shape for s in states):
+            raise ValueError(
+                f"{name}: expected one or more tensors of one shape, got "
+                f"{[list(s.shape) for s in states]}"
+            )
+        states = torch.stack(states)
+    _check.tensor(name, states)
+    if states.dim() != dims:
+        raise ValueError(
+            f"{name}: expected {dims} dimensions with num_states first, got {list(states.shape)}"
+        )
+    return states
+
+
+def append_kv(
+    k_cache,
+    v_cache,
+    k,
+    v,
+    *,
+    seqlens_kv,
+    block_table=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    rotary_interleaved=False,
+):
+    """Write new keys and values into a cache in place. Not implemented yet.
+
+    Raises:
+        NotImplementedError: always; assign into the cache's slots with torch until it lands.
+    """
+    raise NotImplementedError("append_kv: not implemented yet; assign into the cache's slots")
