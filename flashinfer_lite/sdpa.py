@@ -1,6 +1,7 @@
 """torch.nn.functional.scaled_dot_product_attention over our kernels, and a switch to swap it in."""
 
 import contextlib
+import math
 import threading
 
 import torch
@@ -50,15 +51,13 @@ def scaled_dot_product_attention(
         if x.is_nested or x.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got a nested or sparse one")
         if x.dim() < 2 or x.dim() != query.dim():
-            wanted = (
-                "at least 2 dimensions" if name == "query" else f"query's {query.dim()} dimensions"
-            )
+            wanted = "at least 2" if name == "query" else f"query's {query.dim()}"
             raise ValueError(f"{name}: expected {wanted} dimensions, got shape {list(x.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None together with is_causal=True, got a mask")
 
     leading = _leading(query, key, value, enable_gqa)
-    batch_size = leading.numel()
+    batch_size = math.prod(leading)
     q, k, v = (
         _as_4d(name, x, leading, batch_size).transpose(1, 2)
         for name, x in (("query", query), ("key", key), ("value", value))

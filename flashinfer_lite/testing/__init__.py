@@ -6,8 +6,9 @@ poison      guard bands, and outputs that start as NaN
 isa         force one ISA level of the CPU kernels
 """
 
+from flashinfer_lite.testing.check import check_backward, check_forward
 from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv
-from flashinfer_lite.testing.isa import force_isa, isa_levels
+from flashinfer_lite.testing.isa import ALL_LEVELS, force_isa, isa_levels
 from flashinfer_lite.testing.poison import Guarded, guarded
 from flashinfer_lite.testing.tolerance import (
     assert_close,
@@ -18,6 +19,7 @@ from flashinfer_lite.testing.tolerance import (
 )
 
 __all__ = [
+    "ALL_LEVELS",
     "LAYOUTS",
     "Guarded",
     "assert_close",
@@ -25,6 +27,8 @@ __all__ = [
     "assert_close_strict",
     "assert_lse_close",
     "assert_same_bits",
+    "check_backward",
+    "check_forward",
     "force_isa",
     "guarded",
     "isa_levels",

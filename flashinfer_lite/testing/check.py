@@ -1,0 +1,96 @@
+"""Run an op, the float64 oracle and the same-dtype eager formula on one input, and compare."""
+
+import torch
+
+from flashinfer_lite import reference
+from flashinfer_lite.testing.tolerance import (
+    assert_close,
+    assert_close_elementwise,
+    assert_close_strict,
+    assert_lse_close,
+)
+
+_ORDINARY_LOGITS = 20.0  # the elementwise rule of float32 is for scores whose rounding is small
+
+
+def check_forward(op, q, k, v, *, strict=False, **arguments):
+    """Compare ``op(q, k, v, **arguments, return_lse=True)`` with the oracle.
+
+    Args:
+        op: a function like `flashinfer_lite.attention`; bind what the oracle does not know first.
+        strict: hold it to the strict rule too.
+        arguments: causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv.
+
+    Returns:
+        (out, lse) of the op.
+    """
+    out, lse = op(q, k, v, **arguments, return_lse=True)
+    oracle, oracle_lse = _detached(q, k, v, arguments, torch.float64)
+    eager, _ = _detached(q, k, v, arguments, None)
+    assert out.dtype == q.dtype and out.is_contiguous() and lse.is_contiguous()
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert_lse_close(lse, oracle_lse)
+    assert_close(out, oracle, eager)
+    if strict:
+        assert_close_strict(out, oracle, eager)
+    elif q.dtype == torch.float32 and _largest_finite(oracle_lse) < _ORDINARY_LOGITS:
+        assert_close_elementwise(out, oracle)
+    return out, lse
+
+
+def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arguments):
+    """Compare the gradients of ``op`` in q, k, v and a mask that requires grad with the oracle's.
+
+    Args:
+        q, k, v: with or without requires_grad; their strides are what the op sees.
+        dout: gradient of out, default random with a mean; any strides.
+        with_lse: let a random gradient flow through lse too.
+
+    Returns:
+        the op's gradients (dq, dk, dv) or (dq, dk, dv, dmask).
+    """
+    mask = arguments.get("mask")
+    additive = mask is not None and mask.requires_grad
+
+    def gradients(run, dtype):
+        leaves = [_leaf(t, dtype) for t in (q, k, v)]
+        kwargs = dict(arguments)
+        if additive:
+            kwargs["mask"] = _leaf(mask, dtype and torch.float64)
+            leaves.append(kwargs["mask"])
+        out, lse = run(*leaves[:3], **kwargs)
+        grads = (dout.to(out.dtype), dlse.to(lse.dtype)) if with_lse else (dout.to(out.dtype),)
+        return torch.autograd.grad((out, lse)[: len(grads)], leaves, grads)
+
+    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    if dout is None:
+        dout = torch.randn(batch_size, seqlen_q, num_heads_q, v.shape[-1], device=q.device) + 0.5
+        dout = dout.to(q.dtype)
+    dlse = torch.randn(batch_size, num_heads_q, seqlen_q, device=q.device)
+
+    actual = gradients(lambda *t, **kw: op(*t, **kw, return_lse=True), None)
+    oracle = gradients(
+        lambda *t, **kw: reference.attention(*t, **kw, return_lse=True), torch.float64
+    )
+    eager = gradients(lambda *t, **kw: reference.attention(*t, **kw, return_lse=True), None)
+    for name, x, ref, e in zip(("dq", "dk", "dv", "dmask"), actual, oracle, eager, strict=False):
+        if strict and name != "dmask":
+            assert_close_strict(x, ref, e, name, gradient=True)
+        assert_close(x, ref, e, name)
+    return actual
+
+
+def _detached(q, k, v, arguments, dtype):
+    with torch.no_grad():
+        return reference.attention(q, k, v, **arguments, return_lse=True, dtype=dtype)
+
+
+def _leaf(t, dtype):
+    """A leaf with t's values and strides, or in float64."""
+    t = t.detach()
+    return (t if dtype is None else t.to(dtype)).requires_grad_()
+
+
+def _largest_finite(t):
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
