@@ -57,13 +57,15 @@ def check_machine():
 
 
 def installed_torch(python):
-    """Version of the torch that `python` sees if new enough, from metadata (an import is slow)."""
-    code = "import importlib.metadata as m; print(m.version('torch'))"
+    """(version, folder) of the torch that `python` sees if new enough; reads metadata only."""
+    code = "import importlib.metadata as m; d = m.distribution('torch'); "
+    code += "print(d.version, d.locate_file(''))"
     answer = subprocess.run([python, "-c", code], capture_output=True, text=True)
     if answer.returncode != 0:
         return None
-    version = answer.stdout.strip()
-    return version if tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH else None
+    version, folder = answer.stdout.strip().split(" ", 1)
+    fits = tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH
+    return (version, Path(folder)) if fits else None
 
 
 def has_gpu():
@@ -80,14 +82,14 @@ def pip_install(venv, what, *arguments):
 
 def create_venv(venv):
     reuse = installed_torch(sys.executable)
-    options = ["--system-site-packages"] if reuse else []
-    if subprocess.run([sys.executable, "-m", "venv", *options, venv]).returncode != 0:
+    if subprocess.run([sys.executable, "-m", "venv", venv]).returncode != 0:
         shutil.rmtree(venv, ignore_errors=True)
         fail("python3 could not create a virtual environment: sudo apt install python3-venv")
-    if reuse and sys.prefix != sys.base_prefix:
-        # python3 is in a virtual environment itself; --system-site-packages looks past that one.
-        inner = next((venv / "lib").glob("python3.*")) / "site-packages"
-        (inner / "parent_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if reuse:
+        # Not --system-site-packages: that misses a torch in the user's folder, or in a virtual
+        # environment that python3 is in itself.
+        site_packages = next((venv / "lib").glob("python3.*")) / "site-packages"
+        (site_packages / "installed_torch.pth").write_text(f"{reuse[1]}\n")
 
 
 def make_environment(venv):
@@ -96,17 +98,22 @@ def make_environment(venv):
     python = venv / "bin" / "python"
     if not python.exists():
         create_venv(venv)
-    if version := installed_torch(python):
-        print(f"using the installed torch {version}", flush=True)
+    if found := installed_torch(python):
+        print(f"using the installed torch {found[0]}", flush=True)
     elif has_gpu():
         pip_install(venv, "torch>=2.11 (CUDA build, about 3 GB)", "torch>=2.11")
     else:
         # --no-deps: its requirements come with the rest, from the ordinary index alone.
         options = ["--no-deps", *TORCH_CPU_INDEX.split()]
         pip_install(venv, f"{TORCH_CPU} (CPU build, about 200 MB)", *options, TORCH_CPU)
+    version, folder = installed_torch(python)
+    pinned = ["--requirement", REQUIREMENTS]
+    if venv.resolve() not in folder.resolve().parents:
+        # Packages beside a torch from outside count as installed, but their commands (pytest, ruff)
+        # are not in our bin/: get copies of our own.
+        pip_install(venv, "the pinned packages", "--no-deps", "--ignore-installed", *pinned)
     # Naming the exact torch completes its requirements, and keeps pip from trading it for another.
-    torch = f"torch=={installed_torch(python)}"
-    pip_install(venv, "the pinned packages", "--requirement", REQUIREMENTS, torch)
+    pip_install(venv, "the pinned packages and what they need", *pinned, f"torch=={version}")
     print(f"environment ready in {time.monotonic() - started:.0f} s", flush=True)
 
 
