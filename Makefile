@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PROMPT ?=
 ARGS   ?=
 
-# One thread per pytest worker: two workers then use two cores, and sums are split the same way on every machine.
+# One thread per worker: two workers use two cores, and sums are split alike on every machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
@@ -14,7 +14,7 @@ NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -nam
 .PHONY: help venv build test test-all demo bench lint format asan wheel clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv:  # create or update .venv; returns at once when its inputs have not changed
 	@command -v $(PYTHON) >/dev/null || { echo "flashinfer_lite: $(PYTHON) not found: sudo apt install python3 python3-venv python3-dev"; exit 1; }
@@ -31,7 +31,7 @@ test-all: build  ## build, then every test, the long grids too
 	$(PYTEST) $(ARGS)
 
 demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours
-	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(ARGS)
 
 bench: build  ## time ours against torch; ARGS="--help" shows the options
 	$(BIN)/python bench/bench.py $(ARGS)
