@@ -165,7 +165,9 @@ class _Preallocated:
         self._buffers, self._start, self._end = tuple(buffers), 0, past
 
     def _writable(self) -> bool:
-        # A tensor made under inference_mode cannot be written outside of it.
+        # A tensor made under inference_mode cannot be written outside of it (a graph never is).
+        if torch.compiler.is_compiling():
+            return True
         return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
 
     def _write(self, key_states, value_states) -> None:

@@ -8,68 +8,72 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from flashinfer_lite.hf.cache import Cache
 from flashinfer_lite.hf.registration import NAME
 
-# Both live in the model's __dict__, so a copy of a patched model has a handle of its own.
-_HANDLE = "_flashinfer_lite_patch"
+# Both live in the model's __dict__, so a copy of a patched model is patched and can be restored.
+_STATE = "_flashinfer_lite_patch"
 _HOOK = "_prepare_cache_for_generation"
-_patches: "weakref.WeakSet[Patch]" = weakref.WeakSet()
+_active: "weakref.WeakSet[_State]" = weakref.WeakSet()
 
 
 class Patch:
-    """What `patch` did to one model. `restore()` undoes it; also a context manager that yields the
-    model."""
+    """A handle on a patched model. `restore()` undoes the patch; as a context manager it yields
+    the model and restores at the end."""
 
-    def __init__(self, model: PreTrainedModel, options: dict):
-        self._model = weakref.ref(model)
-        self._options = options
-        self._implementations: list = []  # (config, the name it had)
-        _patches.add(self)
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._state = model.__dict__[_STATE]
 
     def restore(self) -> None:
         """Put back every configuration and the cache hook; a second call does nothing."""
-        for config, implementation in self._implementations:
-            # The property would push the name down into the sub-configs, which had their own.
-            config._attn_implementation_internal = implementation
-        self._implementations = []
-        model = self._model()
-        if model is not None and model.__dict__.get(_HANDLE) is self:
-            del model.__dict__[_HANDLE]
-            model.__dict__.pop(_HOOK, None)
-        _patches.discard(self)
+        self._state.undo()
 
     def __enter__(self) -> PreTrainedModel:
-        return self._model()
+        return self.model
 
     def __exit__(self, *exc_info) -> None:
         self.restore()
 
     def __repr__(self) -> str:
-        model = self._model()
-        state = (
-            "active" if model is not None and model.__dict__.get(_HANDLE) is self else "restored"
-        )
-        return f"Patch({type(model).__name__}, {state}, {self._options})"
+        state = "active" if self.model.__dict__.get(_STATE) is self._state else "restored"
+        return f"Patch({type(self.model).__name__}, {state}, {self._state.options})"
+
+
+class _State:
+    """What was changed. Its reference to the model is weak: the model holds it."""
+
+    def __init__(self, model: PreTrainedModel, options: dict):
+        self._model = weakref.ref(model)
+        self.options = options
+        self.implementations: list = []  # (config, the name it had)
+        _active.add(self)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_model": self._model()}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
-        _patches.add(self)
+        _active.add(self)
 
-    def _switch_attention(self) -> None:
+    def undo(self) -> None:
+        for config, implementation in self.implementations:
+            # The property would push the name down into the sub-configs, which had their own.
+            config._attn_implementation_internal = implementation
+        self.implementations = []
+        model = self._model()
+        if model.__dict__.get(_STATE) is self:
+            del model.__dict__[_STATE]
+            model.__dict__.pop(_HOOK, None)
+        _active.discard(self)
+
+    def switch_attention(self) -> None:
         model = self._model()
         configs = _configs(model)
-        for other in _patches:
-            if other is not self and any(
-                config is theirs for config in configs for theirs, _ in other._implementations
-            ):
-                raise ValueError(
-                    "model: shares its configuration with a model that is patched already; "
-                    "restore() that one first"
-                )
-        self._implementations = [
-            (config, config._attn_implementation_internal) for config in configs
-        ]
+        taken = {id(config) for other in _active for config, _ in other.implementations}
+        if any(id(config) in taken for config in configs):
+            raise ValueError(
+                "model: shares its configuration with a model that is patched already; "
+                "restore() that one first"
+            )
+        self.implementations = [(c, c._attn_implementation_internal) for c in configs]
         model.set_attn_implementation(NAME)
         if not any(config._attn_implementation == NAME for config in configs):
             raise ValueError(
@@ -77,7 +81,7 @@ class Patch:
                 "its attention cannot be switched (attention=False patches the rest)"
             )
 
-    def _switch_cache(self) -> None:
+    def switch_cache(self) -> None:
         model = self._model()
         if not hasattr(type(model), "generate"):
             return  # nothing here makes a cache; the model's caller passes one
@@ -86,15 +90,14 @@ class Patch:
                 "cache: this version of transformers makes its caches elsewhere; use cache=False "
                 "and generate(past_key_values=flashinfer_lite.hf.Cache(config=model.config))"
             )
-        model.__dict__[_HOOK] = self._prepare_cache
+        model.__dict__[_HOOK] = self.prepare_cache
 
-    def _prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
+    def prepare_cache(self, generation_config, model_kwargs, *args, **kwargs):
         """Stands in for the model's method: a DynamicCache that it makes becomes a Cache."""
         model = self._model()
         given = model_kwargs.get("past_key_values")
-        result = getattr(type(model), _HOOK)(
-            model, generation_config, model_kwargs, *args, **kwargs
-        )
+        method = getattr(type(model), _HOOK)
+        result = method(model, generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
         if made is not given and type(made) is DynamicCache:
             model_kwargs["past_key_values"] = Cache.adopt(made)
@@ -127,8 +130,8 @@ def patch(
 
     Returns:
         A handle with `.restore()`; `with patch(model):` restores at the end. Patching a patched
-        model with the same arguments returns its handle. A copy (deepcopy, pickle) of a patched
-        model is patched: `patch(copy)` returns the handle that restores it.
+        model with the same arguments changes nothing and returns a handle on the same patch. A copy
+        (deepcopy, pickle) of a patched model is patched: `patch(copy).restore()` restores it.
 
     Raises:
         TypeError: not a PreTrainedModel.
@@ -152,24 +155,22 @@ def patch(
             "the model before it is wrapped or compiled"
         )
     options = {"attention": attention, "cache": cache}
-    handle = model.__dict__.get(_HANDLE)
-    if handle is not None:
-        if handle._options != options:
-            raise ValueError(
-                f"model: already patched with {handle._options}, got {options}; restore() it first"
-            )
-        return handle
-    handle = Patch(model, options)
-    model.__dict__[_HANDLE] = handle
-    try:
-        if attention:
-            handle._switch_attention()
-        if cache:
-            handle._switch_cache()
-    except BaseException:
-        handle.restore()
-        raise
-    return handle
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        state = model.__dict__[_STATE] = _State(model, options)
+        try:
+            if attention:
+                state.switch_attention()
+            if cache:
+                state.switch_cache()
+        except BaseException:
+            state.undo()
+            raise
+    elif state.options != options:
+        raise ValueError(
+            f"model: already patched with {state.options}, got {options}; restore() it first"
+        )
+    return Patch(model)
 
 
 def _configs(model: PreTrainedModel) -> list:

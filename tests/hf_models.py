@@ -1,0 +1,103 @@
+"""Tiny transformers models with random weights, shared by the test_hf files."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import flashinfer_lite.hf as hf  # noqa: E402
+
+VOCAB = 61
+WINDOW = 7
+# Head counts of the real models (SmolLM2 9/3, Qwen2 14/2), heads narrower. The standard deviation
+# of 0.3 spreads the attention scores over several units: the usual 0.02 would hide a wrong scale.
+_COMMON = {
+    "vocab_size": VOCAB,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "attention_dropout": 0.0,
+}
+_CONFIGS = {
+    "llama": ("Llama", {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "mistral": (
+        "Mistral",
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": WINDOW,
+        },
+    ),
+    # One layer full, one with a window.
+    "qwen2": (
+        "Qwen2",
+        {
+            "hidden_size": 112,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    # Heads wider than hidden_size / num_attention_heads.
+    "qwen3": (
+        "Qwen3",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+        },
+    ),
+}
+FAMILIES = tuple(_CONFIGS)
+PADDINGS = ("none", "left", "right")
+
+
+def make_model(family, attention="eager", device="cpu", dtype=torch.float32, **overrides):
+    """A causal language model in eval mode; the same weights for every attention and dtype."""
+    name, options = _CONFIGS[family]
+    config = getattr(transformers, f"{name}Config")(**{**_COMMON, **options, **overrides})
+    config._attn_implementation = attention
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return model.to(device, dtype).eval()
+
+
+def with_attention(model, attention, dtype=None):
+    """A copy of `model` that uses another attention, and perhaps another dtype."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(attention)
+    return other if dtype is None else other.to(dtype)
+
+
+def make_batch(padding="none", seqlen=24, device="cpu"):
+    """input_ids and attention_mask [3, seqlen]; one sequence has no padding, one is short."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, VOCAB, (3, seqlen), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding != "none":
+        for row, pad in ((1, 5), (2, seqlen - 4)):
+            hidden = slice(None, pad) if padding == "left" else slice(seqlen - pad, None)
+            mask[row, hidden] = 0
+        ids = ids.masked_fill(mask == 0, 0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def position_ids(attention_mask):
+    """What `generate` derives from a mask: tokens are counted, padding is not."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def make_cache(kind, model, capacity=64):
+    if kind == "static":
+        return transformers.StaticCache(config=model.config, max_cache_len=capacity)
+    return {"dynamic": transformers.DynamicCache, "ours": hf.Cache}[kind](config=model.config)
