@@ -70,32 +70,40 @@ def _largest(t):
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def assert_close(actual, oracle, eager, name="out"):
+def assert_close(actual, oracle, eager, name="out", *, gradient=False, dtype=None, terms=None):
     """The general rule: max|x - ref| <= 2 (max|eager - ref| + eps(dtype) max|ref|).
 
     Args:
         actual: the kernel's result.
         oracle: the float64 one.
-        eager: the same formula in ``actual``'s dtype. Ignored for float64, where it is the oracle.
+        eager: the same formula in the tested dtype. Ignored for float64, where it is the oracle.
+        gradient: of q, k, v or a mask. In float32 they may meet the elementwise rule instead: eager
+            subtracts from dP a sum of the very products in it, whose roundings cancel; a flash
+            backward subtracts dout . out, and like torch's own kernel is at 1 to 3 times eager.
+        dtype: what was computed in, where the result has a wider one. Default: actual's.
+        terms: the largest sum of the magnitudes that were added up, where max|ref| is far less.
 
     >>> one = torch.ones(3)
     >>> assert_close(one, one.double(), one)
     """
+    dtype = dtype or actual.dtype
     error = _compare(actual, oracle, name)
     if not error.numel():
         return
-    eps = torch.finfo(actual.dtype).eps
-    if actual.dtype == torch.float64:
-        eager_error, bound = 0.0, FLOAT64_ROUNDINGS * eps * max(_largest(oracle), 1.0)
+    rounding = torch.finfo(dtype).eps * max(_largest(oracle), terms or 0.0)
+    if dtype == torch.float64:
+        eager_error, bound = 0.0, FLOAT64_ROUNDINGS * max(rounding, torch.finfo(dtype).eps)
     else:
         both = eager.isfinite() & oracle.isfinite()
-        eager_error = (
-            torch.where(both, eager.detach().double() - oracle.detach(), 0.0).abs().max().item()
-        )
-        bound = GENERAL_FACTOR * (eager_error + eps * _largest(oracle))
-    if error.max() > bound:
-        rule = f"allowed {bound:.3e} (eager's error is {eager_error:.3e})"
-        raise AssertionError(_report(name, error, actual, oracle, rule))
+        eager_error = torch.where(both, eager.detach().double() - oracle.detach(), 0.0)
+        eager_error = eager_error.abs().max().item()
+        bound = GENERAL_FACTOR * (eager_error + rounding)
+    if error.max() <= bound:
+        return
+    if gradient and dtype == torch.float32 and (error <= _elementwise_bound(oracle, dtype)).all():
+        return
+    rule = f"allowed {bound:.3e} (eager's error is {eager_error:.3e})"
+    raise AssertionError(_report(name, error, actual, oracle, rule))
 
 
 def assert_close_strict(actual, oracle, eager, name="out", gradient=False):
@@ -105,7 +113,7 @@ def assert_close_strict(actual, oracle, eager, name="out", gradient=False):
     `assert_close`)."""
     if actual.dtype in ATOL:
         if gradient:
-            return assert_close(actual, oracle, eager, name)
+            return assert_close(actual, oracle, eager, name, gradient=True)
         return assert_close_elementwise(actual, oracle, name)
     error, eager_error = _compare(actual, oracle, name), _compare(eager, oracle, name + " (eager)")
     worst, mean = STRICT_GRADIENT if gradient else STRICT_FORWARD
@@ -118,11 +126,15 @@ def assert_close_strict(actual, oracle, eager, name="out", gradient=False):
 def assert_close_elementwise(actual, oracle, name="out"):
     """float32 and float64 on inputs of ordinary size: |x - ref| <= atol + rtol |ref| everywhere."""
     error = _compare(actual, oracle, name)
-    size = oracle.detach().double().abs()
-    bound = ATOL[actual.dtype] + RTOL[actual.dtype] * torch.where(size.isfinite(), size, 0.0)
+    bound = _elementwise_bound(oracle, actual.dtype)
     if (error > bound).any():
         rule = f"allowed {ATOL[actual.dtype]} + {RTOL[actual.dtype]} |ref|"
         raise AssertionError(_report(name, error - bound, actual, oracle, rule))
+
+
+def _elementwise_bound(oracle, dtype):
+    size = oracle.detach().double().abs()
+    return ATOL[dtype] + RTOL[dtype] * torch.where(size.isfinite(), size, 0.0)
 
 
 def assert_lse_close(actual, oracle, name="lse"):
