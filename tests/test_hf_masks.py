@@ -13,6 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import flashinfer_lite
 from flashinfer_lite.testing import assert_close
 
 WINDOW = 4
@@ -136,6 +137,70 @@ def test_what_is_not_materialised(device):
     ones[1, 0] = False
     row = hf.key_mask(attention_mask=ones, **options)
     assert row.shape == (2, 1, 1, 8) and row.untyped_storage().data_ptr() == ones.data_ptr()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the attention function hands to the two ops."""
+    seen = []
+
+    def recorded(name):
+        op = getattr(flashinfer_lite, name)
+
+        def call(q, k, v, **kwargs):
+            seen.append(
+                (name, k, {key: given for key, given in kwargs.items() if given is not None})
+            )
+            return op(q, k, v, **kwargs)
+
+        return call
+
+    for name in ("attention", "decode"):
+        monkeypatch.setattr(flashinfer_lite, name, recorded(name))
+    return seen
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+@pytest.mark.parametrize("local_size", (None, WINDOW))
+def test_padding_becomes_a_span(device, calls, side, local_size):
+    """A mask that is one run of keys reaches the kernel as its ends, K and V as they are."""
+    mask = torch.ones(3, 9, dtype=torch.bool, device=device)
+    mask[1, slice(2) if side == "left" else slice(-2, None)] = False
+    q, k, v = qkv(9, 9, device)
+    options = {"batch_size": 3, "q_length": 9, "kv_length": 9, "device": device}
+    if local_size:
+        function = sliding_window_causal_mask_function(local_size)
+        options |= {"mask_function": function, "local_size": local_size}
+    row = hf.key_mask(attention_mask=mask, **options)
+    hf.attention_forward(Module(), q, k, v, row, sliding_window=local_size)
+    ((name, keys, kwargs),) = calls
+    assert name == "attention" and keys.data_ptr() == k.data_ptr() and "mask" not in kwargs
+    if side == "left":
+        assert kwargs["causal"] is True and kwargs["kv_start"].tolist() == [0, 2, 0]
+        assert "seqlens_kv" not in kwargs
+    else:
+        assert kwargs["causal"] == "top_left" and kwargs["seqlens_kv"].tolist() == [9, 7, 9]
+        assert "kv_start" not in kwargs
+
+
+def test_short_steps_without_gradients_are_decoded(device, calls):
+    """And of a static cache only what has been written is read, whatever the mask's shape."""
+    q, k, v = qkv(1, 20, device)
+    row = hf.key_mask(
+        batch_size=3,
+        q_length=1,
+        kv_length=20,
+        q_offset=torch.tensor(6, device=device),
+        allow_is_causal_skip=False,
+        device=device,
+    )
+    with torch.no_grad():
+        hf.attention_forward(Module(), q, k, v, row)
+    hf.attention_forward(Module(), q, k, v, row)
+    assert [name for name, _, _ in calls] == ["decode", "attention"]
+    for _, keys, kwargs in calls:
+        assert keys.data_ptr() == k.data_ptr() and keys.shape[1] == 20
+        assert kwargs["seqlens_kv"].tolist() == [7, 7, 7] and "mask" not in kwargs
 
 
 def test_patterns_are_spelt_out(device):

@@ -147,9 +147,8 @@ class _Preallocated:
             capacity = self._buffers[0].shape[2]
             if self._end + seqlen <= capacity:
                 return
-            if (
-                past <= self._start and past + seqlen <= capacity
-            ):  # a window: slide the past back to slot 0
+            # A window has free slots in front: slide its past there, if it does not overlap itself.
+            if past <= self._start and past + seqlen <= capacity:
                 for buffer in self._buffers:
                     buffer[:, :, :past].copy_(buffer[:, :, self._start : self._end])
                 self._start, self._end = 0, past
