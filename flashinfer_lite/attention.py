@@ -41,8 +41,8 @@ def attention(
             to 256. The last dimension is contiguous, every other stride is free.
         causal: False, True or "bottom_right" (row i sees keys <= i + seqlen_kv - seqlen_q), or
             "top_left" (keys <= i, as torch's scaled_dot_product_attention).
-        window: (left, right) keys to each side of the row's position, inclusive; -1 is open. Without
-            causal the position is bottom-right aligned.
+        window: (left, right) keys to each side of the row's position, inclusive; -1 is open.
+            Without causal the position is bottom-right aligned.
         softmax_scale: default head_dim ** -0.5.
         softcap: None, or c > 0 for c * tanh(score / c), before the mask.
         mask: bool (True is visible) or additive floating point, where exactly -inf hides a key;
