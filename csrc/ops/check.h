@@ -85,10 +85,10 @@ inline void check_shape(const char* name, const Tensor& x, std::initializer_list
   fail(name, ": expected shape [", text.str(), "], got ", shape_text(x));
 }
 
-// The last dimension's stride is free where it holds at most one element.
+// The last dimension's stride is free where nothing is read with it.
 inline void check_last_stride(const char* name, const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  check(x.size(last) <= 1 || x.stride(last) == 1, name,
+  check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,
         ": expected the last dimension contiguous (stride 1), got stride ", x.stride(last));
 }
 

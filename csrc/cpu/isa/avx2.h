@@ -44,10 +44,10 @@ FIL_INLINE Vector<Acc> load_part_as(const T* p, int64_t) {
 }
 
 // s[i] = the sum of the lanes of v[i].
-FIL_INLINE void reduce_sum_4(const Vector<float> (&v)[4], float* s) {
+FIL_INLINE void reduce_sum_4(const Vector<float>* v, float* s) {
   _mm_storeu_ps(s, sum_lanes_4(v[0], v[1], v[2], v[3]));
 }
-FIL_INLINE void reduce_sum_4(const Vector<double> (&v)[4], double* s) {
+FIL_INLINE void reduce_sum_4(const Vector<double>* v, double* s) {
   for (int i = 0; i < 4; ++i) s[i] = reduce_sum<double>(v[i]);
 }
 

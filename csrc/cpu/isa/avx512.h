@@ -49,7 +49,7 @@ FIL_INLINE Vector<Acc> load_part_as(const T* p, int64_t count) {
 }
 
 // s[i] = the sum of the lanes of v[i].
-FIL_INLINE void reduce_sum_4(const Vector<float> (&v)[4], float* s) {
+FIL_INLINE void reduce_sum_4(const Vector<float>* v, float* s) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) {
     half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));

@@ -37,7 +37,7 @@ FIL_INLINE Vector<Acc> load_part_as(const T* p, int64_t count) {
 
 // s[i] = the sum of the lanes of v[i].
 template <class Acc>
-FIL_INLINE void reduce_sum_4(const Vector<Acc> (&v)[4], Acc* s) {
+FIL_INLINE void reduce_sum_4(const Vector<Acc>* v, Acc* s) {
   for (int i = 0; i < 4; ++i) s[i] = reduce_sum<Acc>(v[i]);
 }
 

@@ -104,16 +104,27 @@ bool has_non_finite(int64_t rows, int64_t cols, const T* x, int64_t stride) {
   return sum != sum;
 }
 
-// acc_o += P v key by key, leaving out what a row does not see: 0 * NaN would not.
+// acc_o += P v, leaving out what a row does not see, where 0 * NaN would be NaN. Sums as the
+// products do, in steps of `step` keys: the bits are those of a v with zeros there.
 template <class Acc, class T>
-void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, int64_t rows,
-                        const Row* row, const Acc* s, int64_t s_row, const T* v, Acc* acc_o,
-                        int64_t o_row) {
+void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, int64_t step,
+                        int64_t rows, const Row* row, const Acc* s, int64_t s_row, const T* v,
+                        Acc* acc_o, int64_t o_row) {
+  constexpr int width = kWidth<Acc>;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t key = 0; key < keys.count; ++key) {
-      if (!sees(p, batch, row[r], keys.first + key)) continue;
-      tile_gemm_direct(1, p.head_dim_v, 1, s + r * s_row + key, 0, v + key * p.v.seqlen, 0,
-                       acc_o + r * o_row, o_row);
+    for (int64_t first = 0; first < keys.count; first += step) {
+      const int64_t last = min_of(first + step, keys.count);
+      for (int64_t c = 0; c < p.head_dim_v; c += width) {
+        Vector<Acc> sum = {};
+        for (int64_t key = first; key < last; ++key) {
+          if (!sees(p, batch, row[r], keys.first + key)) continue;
+          const T* at = v + key * p.v.seqlen + c;
+          const Vector<Acc> x = p.head_dim_v - c >= width ? load_as<Acc>(at)
+                                                          : load_part_as<Acc>(at, p.head_dim_v - c);
+          sum = fma(broadcast<Acc>(s[r * s_row + key]), x, sum);
+        }
+        store<Acc>(acc_o + r * o_row + c, load(acc_o + r * o_row + c) + sum);
+      }
     }
   }
 }
@@ -130,6 +141,7 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
     tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
               t.s_row, false);
   } else {
+    prefetch_rows(v, p.v.seqlen, min_of(keys.count, kRowsInL1), p.head_dim_v);
     tile_dot(rows, keys.count, p.head_dim, t.q, t.q_row, k, p.k.seqlen, t.s, t.s_row);
   }
 
@@ -143,7 +155,8 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
   }
 
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
-    accumulate_visible(p, batch, keys, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
+    const int64_t step = t.pack ? keys.count : kRowsInL1;
+    accumulate_visible(p, batch, keys, step, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
   } else if (t.pack) {
     pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
     tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
