@@ -104,20 +104,29 @@ void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t 
   }
 }
 
-// Rows of B that one step reads in place: they stay in the first-level cache for all rows of A,
-// while the next step's are already on their way. The hardware's own prefetchers see too short and
-// too strided a pattern here: without this, decode waits for memory half of the time.
-constexpr int64_t kRowsInL1 = 16;
-
+// Rows that the next product will read in place. Decode alternates between K and V, too briefly for
+// the hardware's prefetchers: while one is multiplied, the other is fetched into the second-level
+// cache, a few rows per step.
 template <class T>
-FIL_INLINE void prefetch_rows(const T* b, int64_t b_row, int64_t rows, int64_t cols) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* row = reinterpret_cast<const char*>(b + r * b_row);
-    for (int64_t byte = 0; byte < cols * int64_t{sizeof(T)}; byte += 64) {
-      __builtin_prefetch(row + byte);
+struct Upcoming {
+  const T* data;
+  int64_t row;  // stride
+  int64_t rows;
+  int64_t cols;
+
+  FIL_INLINE void fetch(int64_t first, int64_t count) const {
+    for (int64_t r = first; r < min_of(first + count, rows); ++r) {
+      const char* line = reinterpret_cast<const char*>(data + r * row);
+      for (int64_t byte = 0; byte < cols * int64_t{sizeof(T)}; byte += 64) {
+        __builtin_prefetch(line + byte, 0, 2);
+      }
     }
   }
-}
+};
+
+// Rows of B per step of the products that read it in place: they stay in the first-level cache for
+// all rows of A.
+constexpr int64_t kRowsInL1 = 16;
 
 // Columns, in vectors, that a block of `rows` rows keeps in registers when B is read in place:
 // few rows need more columns for as many independent sums as the FMA units have latency.
@@ -146,11 +155,10 @@ FIL_INLINE void direct_rows(int64_t rows, int64_t cols, int64_t depth, const Acc
 // too few rows to pay for packing B. C's rows must have room for whole vectors.
 template <class Acc, class T>
 void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
-                      const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+                      const T* b, int64_t b_row, Acc* c, int64_t c_row, Upcoming<T> upcoming) {
   for (int64_t d = 0; d < depth; d += kRowsInL1) {
     const int64_t step = min_of(depth - d, kRowsInL1);
-    const int64_t next = min_of(depth - d - step, kRowsInL1);
-    prefetch_rows(b + (d + step) * b_row, b_row, next, cols);
+    upcoming.fetch(d, kRowsInL1);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, step,
                              a + row * a_row + d, a_row, b + d * b_row, b_row, c + row * c_row,
@@ -202,11 +210,10 @@ void dot_rows(int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T*
 // zero up to a whole vector; S's rows have room for a multiple of eight columns.
 template <class Acc, class T>
 void tile_dot(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
-              int64_t b_row, Acc* s, int64_t s_row) {
+              int64_t b_row, Acc* s, int64_t s_row, Upcoming<T> upcoming) {
   for (int64_t col = 0; col < cols; col += kRowsInL1) {
     const int64_t count = min_of(cols - col, kRowsInL1);
-    const int64_t next = min_of(cols - col - count, kRowsInL1);
-    prefetch_rows(b + (col + count) * b_row, b_row, next, depth);
+    upcoming.fetch(col, kRowsInL1);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = rows - row;
       const auto dot = left >= 4   ? dot_rows<4, 2, Acc, T>

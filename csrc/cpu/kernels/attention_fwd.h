@@ -131,7 +131,7 @@ void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, 
 
 template <class Element, class Acc = Accumulator<Element>>
 void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyBlock keys,
-                  int64_t rows, const ForwardScratch<Element>& t) {
+                  int64_t next_count, int64_t rows, const ForwardScratch<Element>& t) {
   const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
   const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
   const int64_t padded = round_up(keys.count, kWidth<Acc>);
@@ -141,8 +141,8 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
     tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
               t.s_row, false);
   } else {
-    prefetch_rows(v, p.v.seqlen, min_of(keys.count, kRowsInL1), p.head_dim_v);
-    tile_dot(rows, keys.count, p.head_dim, t.q, t.q_row, k, p.k.seqlen, t.s, t.s_row);
+    tile_dot(rows, keys.count, p.head_dim, t.q, t.q_row, k, p.k.seqlen, t.s, t.s_row,
+             {v, p.v.seqlen, keys.count, p.head_dim_v});
   }
 
   bool hides = false;
@@ -162,7 +162,8 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
     tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
               t.acc_o, t.o_row, true);
   } else {
-    tile_gemm_direct(rows, p.head_dim_v, keys.count, t.s, t.s_row, v, p.v.seqlen, t.acc_o, t.o_row);
+    tile_gemm_direct(rows, p.head_dim_v, keys.count, t.s, t.s_row, v, p.v.seqlen, t.acc_o, t.o_row,
+                     {k + keys.count * p.k.seqlen, p.k.seqlen, next_count, p.head_dim});
   }
 }
 
@@ -226,8 +227,9 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
   if (!keys.empty()) {
     const int64_t skipped = (keys.begin - visibility.kv_begin) / t.tile.block_n * t.tile.block_n;
     for (int64_t key = visibility.kv_begin + skipped; key < keys.end; key += t.tile.block_n) {
-      attend_block<Element>(p, batch, head_kv, {key, min_of(t.tile.block_n, keys.end - key)}, rows,
-                            t);
+      const int64_t count = min_of(t.tile.block_n, keys.end - key);
+      const int64_t next_count = min_of(t.tile.block_n, keys.end - key - count);
+      attend_block<Element>(p, batch, head_kv, {key, count}, next_count, rows, t);
     }
   }
 
