@@ -147,7 +147,8 @@ def softmax_kind(softmax, phi):
 def under_autocast(*tensors):
     """The tensors as autocast wants them: fp64 stays, other floating dtypes become its dtype."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Autocast knows no device such as "meta", and says so with an error.
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -160,6 +161,13 @@ def impl(value, q):
     choice("impl", value, ("auto", "reference", "cpu"))
     if value == "cpu" and q.device.type != "cpu":
         raise ValueError(f"impl: 'cpu' expects CPU tensors, got {q.device}")
-    if not _ops.built and value != "reference":
+    if value == "reference":
+        return True
+    if not _ops.built:
         raise RuntimeError(_ops.NOT_BUILT)
-    return value == "reference"
+    if q.device.type == "cuda" and _ops.cuda_status != "loaded":
+        raise RuntimeError(
+            f"q: expected a CPU tensor, got one on {q.device}: CUDA half: {_ops.cuda_status}; "
+            "impl='reference' runs there"
+        )
+    return False
