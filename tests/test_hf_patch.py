@@ -117,6 +117,7 @@ def test_output_attentions_is_refused():
     model = make_model("llama", hf.NAME)
     with pytest.raises(NotImplementedError, match="^output_attentions: "):
         model(make_batch()["input_ids"], output_attentions=True)
+    model(make_batch()["input_ids"], output_attentions=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

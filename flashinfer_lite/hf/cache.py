@@ -109,9 +109,11 @@ class _Preallocated:
             self._drop_buffers()
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens, and the buffers with them."""
         super().reset()
         self._drop_buffers()
+        self.keys = self.values = None  # older transformers zero them instead
+        self.is_initialized = False
 
     def _owns_keys(self) -> bool:
         return self._buffers is not None and self.keys is self._view
