@@ -24,7 +24,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_DTYPES = ("float32", "bfloat16")
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 COLD_OPS = ("decode",)
-OVERHEAD_CALLS = 500
+MAX_CALLS, STRETCH_S = 500, 0.02  # overhead: calls in one timed stretch, too short for the clock
+DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not tell
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,36 +61,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class CacheSweep:
-    """Empties the caches by reading and writing four times the last level, outside the timing."""
-
-    def __init__(self, caches: dict[str, int]):
-        self.buffer = torch.zeros(4 * max(caches.values(), default=32 << 20) // 4)
-
-    def __call__(self) -> None:
-        self.buffer.add_(1.0)
-
-
 def time_interleaved(
-    runs: list, seconds_each: float, before=lambda: None, calls: int = 1
+    runs: list, seconds_each: float, many_calls: bool = False
 ) -> list[list[float]]:
     """Return the seconds per call of each function, measured in common rounds.
 
     Args:
         runs: functions without arguments.
         seconds_each: how long each may take in all; at least 5 rounds, at most 200.
-        before: called before every timed stretch.
-        calls: calls in one timed stretch; more than 1 for calls too short for the clock.
+        many_calls: time stretches of calls, for calls too short for the clock.
     """
+    calls = 1
     for run in runs:  # threads started, allocator and dispatcher warm
         run()
+        if many_calls:
+            start = time.perf_counter()
+            run()
+            fit = int(STRETCH_S / (time.perf_counter() - start))
+            calls = max(calls, min(MAX_CALLS, fit))
     times: list[list[float]] = [[] for _ in runs]
     deadline = time.perf_counter() + seconds_each * len(runs)
     for number in range(MAX_ROUNDS):
         for turn in range(len(runs)):
             index = (turn + number) % len(runs)
             run = runs[index]
-            before()
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -108,30 +103,26 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def measure(op: str, shape: Shape, dtype_name: str, args, limits, sweep) -> list[dict]:
+def measure(op: str, shape: Shape, dtype_name: str, args, limits, caches) -> list[dict]:
     """Check, then time every implementation of one shape; return one row for each."""
-    from implementations import candidates, check
+    from implementations import candidates, check, copies_for_cold
     from roofline import cost
 
     dtype = getattr(torch, dtype_name)
-    found = candidates(shape, op, dtype)
+    cold = op in COLD_OPS and not args.warm
+    last_level = max(caches.values(), default=DEFAULT_CACHE_BYTES)
+    copies = copies_for_cold(shape, dtype, last_level) if cold else 1
+    found = candidates(shape, op, dtype, copies)
     if args.impl:
         found = {n: c for n, c in found.items() if any(n.startswith(i) for i in args.impl)}
     if not found:
         return []
-    # Autograd would record nothing useful in a forward, and SDPA keeps more for a backward.
     with torch.inference_mode(op != "attention_bwd"):
-        if op != "attention_bwd":
-            check(shape, op, dtype, found)
-        else:
-            with torch.enable_grad():
-                check(shape, op, dtype, found)
-        cold = op in COLD_OPS and not args.warm
+        check(shape, op, dtype, found)
         times = time_interleaved(
             [candidate.run for candidate in found.values()],
             args.seconds,
-            before=sweep if cold else lambda: None,
-            calls=OVERHEAD_CALLS if op == "overhead" else 1,
+            many_calls=op == "overhead",
         )
     price = cost(shape, op, dtype.itemsize)
     rows = []
@@ -209,13 +200,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"WARNING: {warning}")
     print("columns: median [p10 - p90], rates, share of the roofline, speed against the best sdpa")
 
-    sweep = CacheSweep(header["caches"])
     rows, failures = [], 0
     start, preempted = time.perf_counter(), machine.preemptions()
     for op, shape in args.work:
         for dtype_name in args.dtype:
             try:
-                measured = measure(op, shape, dtype_name, args, limits, sweep)
+                measured = measure(op, shape, dtype_name, args, limits, header["caches"])
             except AssertionError as error:
                 # No number for a wrong result; the other shapes still get theirs.
                 print(f"\nWRONG, not timed: {dtype_name} {error}")

@@ -10,6 +10,7 @@ Each way that it knows to share K and V among a group's heads is an implementati
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from flashinfer_lite.testing import assert_close
 
 CHECKED_ROWS = 64
 CHECKED_PARTS = 16
+PLAUSIBLE = 6.0
+MAX_COPIES_BYTES = 1 << 30
 
 
 @dataclass
@@ -67,14 +70,28 @@ def _sdpa_mask(shape: Shape) -> dict:
     return {"is_causal": shape.causal and shape.seqlen_q > 1}
 
 
-def candidates(shape: Shape, op: str, dtype: torch.dtype) -> dict[str, Candidate]:
-    """Return every implementation of ``op`` for a shape, by name."""
+def candidates(shape: Shape, op: str, dtype: torch.dtype, copies: int = 1) -> dict[str, Candidate]:
+    """Return every implementation of ``op`` for a shape, by name.
+
+    Args:
+        shape, op, dtype: the problem.
+        copies: decode only: how many copies of K and V the calls take in turn, so that a call finds
+            none of its own in a cache; see `copies_for_cold`.
+    """
     q, k, v, dout = make_inputs(shape, op, dtype)
     if op == "attention_bwd":
         return {c.name: c for c in _backward(shape, q, k, v, dout)}
     if op == "attention":
         return {c.name: c for c in _forward(shape, q, k, v)}
-    return {c.name: c for c in _decode(shape, q, k, v)}
+    return {c.name: c for c in _decode(shape, q, k, v, copies)}
+
+
+def copies_for_cold(shape: Shape, dtype: torch.dtype, cache_bytes: int) -> int:
+    """Return how many copies of K and V are four times the last-level cache: 2 at least, and no
+    more than a gigabyte of them."""
+    size = 2 * shape.batch_size * shape.seqlen_kv * shape.num_heads_kv * shape.head_dim
+    size *= dtype.itemsize
+    return max(2, min(-(-4 * cache_bytes // size), MAX_COPIES_BYTES // size))
 
 
 def _window(shape: Shape) -> tuple[int, int]:
@@ -105,25 +122,27 @@ def _forward(shape: Shape, q, k, v):
         yield Candidate("sdpa-expanded", expanded, lambda: (_bshd(expanded()),))
 
 
-def _decode(shape: Shape, q, k, v):
+def _decode(shape: Shape, q, k, v, copies: int):
     if shape.window_left >= 0:  # a window over one row is a shorter cache, for everyone
         k, v = (t[:, -shape.window_left - 1 :] for t in (k, v))
-    yield Candidate(
-        "ours",
-        lambda: flashinfer_lite.decode(q, k, v),
-        lambda: (flashinfer_lite.decode(q, k, v),),
-    )
-    qh, kh, vh = _bhsd(q), _bhsd(k), _bhsd(v)
-    kt, vt = _bshd(kh), _bshd(vh)  # the layout of transformers' caches and of our hf.Cache
-    yield Candidate(
-        "ours-bhsd",
-        lambda: flashinfer_lite.decode(q, kt, vt),
-        lambda: (flashinfer_lite.decode(q, kt, vt),),
-    )
+    # One turn for all that read the same memory: the next call gets the copy used longest ago.
+    ours_kv = itertools.cycle([(k.clone(), v.clone()) for _ in range(copies)])
+    sdpa_kv = itertools.cycle([(_bhsd(k), _bhsd(v)) for _ in range(copies)])
+
+    def ours():
+        return flashinfer_lite.decode(q, *next(ours_kv))
+
+    def ours_bhsd():  # the layout of transformers' caches and of our hf.Cache
+        k, v = next(sdpa_kv)
+        return flashinfer_lite.decode(q, k.transpose(1, 2), v.transpose(1, 2))
+
+    yield Candidate("ours", ours, lambda: (ours(),))
+    yield Candidate("ours-bhsd", ours_bhsd, lambda: (ours_bhsd(),))
+    qh = _bhsd(q)
     gqa = shape.group_size > 1
 
     def sdpa():
-        return F.scaled_dot_product_attention(qh, kh, vh, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(qh, *next(sdpa_kv), enable_gqa=gqa)
 
     yield Candidate("sdpa-gqa" if gqa else "sdpa", sdpa, lambda: (_bshd(sdpa()),))
     if gqa:
@@ -131,13 +150,9 @@ def _decode(shape: Shape, q, k, v):
         packed_q = qh.view(shape.batch_size, shape.num_heads_kv, shape.group_size, shape.head_dim)
 
         def packed():
-            return F.scaled_dot_product_attention(packed_q, kh, vh)
+            return F.scaled_dot_product_attention(packed_q, *next(sdpa_kv))
 
-        yield Candidate(
-            "sdpa-packed",
-            packed,
-            lambda: (_bshd(packed().reshape(qh.shape[0], -1, 1, q.shape[3])),),
-        )
+        yield Candidate("sdpa-packed", packed, lambda: (_bshd(packed().reshape(qh.shape)),))
 
 
 def _backward(shape: Shape, q, k, v, dout):
@@ -215,9 +230,26 @@ def check(shape: Shape, op: str, dtype: torch.dtype, found: dict[str, Candidate]
                 pieces.setdefault(label, {}).setdefault(name, []).append(tensor.flatten())
     for label, answers in pieces.items():
         whole = {name: torch.cat(tensors) for name, tensors in answers.items()}
+        yardstick = _yardstick(whole)
         for name in found:
             where = f"{op} {shape.name} {name} {label}"
-            assert_close(whole[name], whole["oracle"], whole["eager"], where)
+            assert_close(whole[name], whole["oracle"], yardstick, where)
+
+
+def _yardstick(whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the tolerance calls eager: eager itself, or an SDPA result that errs more.
+
+    In fp32 torch's own SDPA backward misses twice eager's error on some shapes, by rounding alone;
+    holding it, or ours, to more than the other can do would refuse numbers for nothing. An SDPA
+    further off than PLAUSIBLE times eager is no yardstick but wrong.
+    """
+
+    def error(name):
+        return float((whole[name].double() - whole["oracle"]).abs().max())
+
+    rivals = [name for name in whole if name.startswith("sdpa")]
+    plausible = [name for name in rivals if error(name) <= PLAUSIBLE * error("eager")]
+    return whole[max(["eager", *plausible], key=error)]
 
 
 @dataclass(frozen=True)

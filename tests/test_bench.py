@@ -1,0 +1,128 @@
+"""The benchmark's arithmetic against brute force, and one smoke run of the runner."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashinfer_lite import reference
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of bench/ by name, and forget it afterwards: its names are not ours."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def brute_force(shape, op, element_bytes):
+    """FLOPs and bytes counted pair by pair and tensor by tensor from the oracle's visibility."""
+    window = (shape.window_left, 0 if shape.causal else -1)
+    visible = reference.visible_keys(
+        1,
+        shape.seqlen_q,
+        shape.seqlen_kv,
+        causal=shape.causal,
+        window=window if shape.window_left >= 0 else (-1, -1),
+    ).expand(1, 1, shape.seqlen_q, shape.seqlen_kv)[0, 0]
+    pairs = sum(int(seen) for row in visible for seen in row)
+    touched = int(visible.any(0).sum())
+    products = 5 if op == "attention_bwd" else 2
+    flops = 0
+    for _ in range(shape.batch_size * shape.num_heads_q):
+        flops += products * pairs * shape.head_dim * 2
+    rows = shape.batch_size * shape.seqlen_q * shape.num_heads_q
+    keys = shape.batch_size * touched * shape.num_heads_kv
+    query_tensors = ["q", "out"] + (["dout", "dq"] if op == "attention_bwd" else [])
+    key_tensors = ["k", "v"] + (["dk", "dv"] if op == "attention_bwd" else [])
+    moved = (len(query_tensors) * rows + len(key_tensors) * keys) * shape.head_dim * element_bytes
+    return flops, moved + (4 * rows if op == "attention_bwd" else 0)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_bwd", "decode"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_left", [-1, 0, 3])
+@pytest.mark.parametrize("lengths", [(7, 7), (1, 9), (4, 11), (9, 5)])
+def test_cost_equals_brute_force(bench, device, op, causal, window_left, lengths):
+    shape = bench("shapes").Shape("tiny", 2, *lengths, 6, 3, 8, causal, window_left)
+    cost = bench("roofline").cost(shape, op, 2)
+    assert (cost.flops, cost.bytes) == brute_force(shape, op, 2)
+
+
+def test_roofline_is_the_slower_of_both(bench, device):
+    cost = bench("roofline").Cost(flops=100, bytes=30)
+    assert cost.seconds_at_least(flop_rate=10, bandwidth=10) == 10
+    assert cost.seconds_at_least(flop_rate=1000, bandwidth=10) == 3
+
+
+def test_shapes_are_named_after_models(bench, device):
+    shapes = bench("shapes")
+    shape = shapes.parse("llama3-8b@4096x2", "decode")
+    assert (shape.batch_size, shape.seqlen_q, shape.seqlen_kv) == (2, 1, 4096)
+    assert (shape.num_heads_q, shape.num_heads_kv, shape.head_dim) == (32, 8, 128)
+    assert not shape.causal and shape.group_size == 4
+    assert shapes.parse("mistral-7b@4096", "attention").window_left == -1
+    assert shapes.parse("mistral-7b@8192", "attention").window_left == 4095
+    for op, names in shapes.DEFAULTS.items():
+        assert all(shapes.parse(name, op).name == name for name in names)
+
+
+@pytest.mark.parametrize("text", ["llama@16", "gpt2", "gpt2@", "gpt2@0", "gpt2@16x0", "gpt2@-4"])
+def test_a_wrong_shape_is_refused(bench, device, text):
+    with pytest.raises(ValueError, match="shapes: expected"):
+        bench("shapes").parse(text, "decode")
+
+
+def test_quantiles_interpolate(bench, device):
+    quantile = bench("bench").quantile
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "-1"], ["--seconds", "0"], ["--shapes", "x"]])
+def test_bad_arguments_end_in_one_line(bench, device, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        bench("bench").main(arguments)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("bench.py: error: --") and "expected" in last
+
+
+def test_a_wrong_result_gets_no_number(bench, device):
+    shape = bench("shapes").parse("gpt2@16", "decode")
+    implementations = bench("implementations")
+    found = implementations.candidates(shape, "decode", torch.float32)
+    implementations.check(shape, "decode", torch.float32, found)
+    right = found["ours"].outputs()[0]
+    found["ours"].outputs = lambda: (right * 1.001,)
+    with pytest.raises(AssertionError, match="decode gpt2@16 ours out"):
+        implementations.check(shape, "decode", torch.float32, found)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_bwd", "decode", "overhead"])
+def test_smoke(bench, device, tmp_path, monkeypatch, capsys, op):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "cache_sizes", lambda: {"L2": 1 << 20})
+    output = tmp_path / "bench.jsonl"
+    arguments = ["--op", op, "--shapes", "smollm2-135m@24", "mistral-7b@16", "--dtype", "float32"]
+    arguments += ["--seconds", "0.001", "--output", str(output)]
+    assert bench("bench").main(arguments) == 0
+    header, *rows = map(json.loads, output.read_text().splitlines())
+    assert header["threads"] == torch.get_num_threads() and header["limits"]["read"] > 0
+    names = [row["impl"] for row in rows if row["shape"] == "smollm2-135m@24"]
+    assert names[0] == "ours" and "sdpa-gqa" in names
+    assert all(row["seconds_p10"] <= row["seconds"] <= row["seconds_p90"] for row in rows)
+    assert all(max(r["x_sdpa"] for r in rows if r["impl"][:4] == "sdpa") == 1 for _ in rows)
+    assert output.with_suffix(".png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "smollm2-135m@24 float32" in printed and "roofline" in printed
