@@ -1,0 +1,341 @@
+"""Hostile calls straight to the ops: they raise, or return something; they never crash the process.
+
+The public functions check first, but anyone can call `torch.ops`. Run under AddressSanitizer and
+UBSan with `make asan`.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import flashinfer_lite
+from flashinfer_lite.testing import assert_same_bits
+
+OPS = torch.ops.flashinfer_lite
+ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+SCALARS = {
+    "softmax_scale": 0.25,
+    "softcap": 0.0,
+    "causal": 1,
+    "window_left": -1,
+    "window_right": -1,
+}
+HUGE = [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -2, -(2**31), -(2**63)]
+
+assert flashinfer_lite.built
+
+
+def base(op, device):
+    """A good call: batch 2, 3 queries, 7 keys, 4 heads over 2, head_dim 16, head_dim_v 24."""
+    q, k = torch.randn(2, 3, 4, 16, device=device), torch.randn(2, 7, 2, 16, device=device)
+    v, out = torch.randn(2, 7, 2, 24, device=device), torch.randn(2, 3, 4, 24, device=device)
+    lse = torch.randn(2, 4, 3, device=device)
+    optional = {"mask": None, "kv_start": None, "seqlens_kv": None}
+    if op == "attention_fwd":
+        return {"q": q, "k": k, "v": v, **optional, **SCALARS}
+    if op == "attention_bwd":
+        first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
+        return {**first, "out": out, "lse": lse, **optional, **SCALARS, "wants_dmask": False}
+    if op == "merge_states":
+        return {"outs": torch.randn(3, 2, 3, 4, 24, device=device), "lses": torch.stack([lse] * 3)}
+    call = {"q": q, "k_cache": k, "v_cache": v, **optional, **SCALARS}
+    call |= {"kv_splits": 0, "batch_invariant": False}
+    return {**call, "out": out, "lse": lse} if op == "decode.out" else call
+
+
+def run(op, arguments):
+    """Call the op; check that what it may not write is unchanged, whether it raises or not."""
+    name, _, overload = op.partition(".")
+    function = getattr(getattr(OPS, name), overload or "default")
+    writes = ("out", "lse") if op == "decode.out" else ()
+    before = {
+        n: t.clone()
+        for n, t in arguments.items()
+        if torch.is_tensor(t) and n not in writes and t.layout == torch.strided and not t.is_meta
+    }
+    try:
+        return function(**arguments)
+    finally:
+        for n, old in before.items():
+            assert_same_bits(arguments[n], old, n)
+
+
+ALL = ["attention_fwd", "attention_bwd", "decode", "decode.out", "merge_states"]
+all_ops = pytest.mark.parametrize("op", ALL)
+
+
+@all_ops
+def test_the_good_call_is_good(device, isa, op):
+    run(op, base(op, device))
+
+
+def mutations(t):
+    """Tensors that do not fit where t did: dtypes, shapes, strides, layouts, devices."""
+    for dtype in (
+        torch.float64,
+        torch.float16,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.uint8,
+    ):
+        yield t.to(dtype)
+    for dim in range(t.dim()):
+        for size in (0, 1, t.shape[dim] + 1, 2 * t.shape[dim] + 3):
+            shape = list(t.shape)
+            shape[dim] = size
+            yield torch.zeros(shape, dtype=t.dtype, device=t.device)
+        yield torch.zeros_like(t).select(dim, 0)
+    yield t.unsqueeze(0)
+    yield t.transpose(-1, -2)
+    yield torch.zeros(*t.shape, 2, dtype=t.dtype, device=t.device)[..., 0]
+    yield torch.zeros((), dtype=t.dtype, device=t.device)
+    yield torch.zeros(0, dtype=t.dtype, device=t.device)
+    yield torch.zeros(t.shape, dtype=t.dtype, device="meta")
+    yield torch.zeros(t.shape, dtype=t.dtype, device=t.device).to_sparse()
+
+
+@all_ops
+def test_one_wrong_tensor(device, isa, op):
+    names = [n for n, x in base(op, device).items() if torch.is_tensor(x)]
+    for name in names:
+        for bad in mutations(base(op, device)[name]):
+            arguments = base(op, device) | {name: bad}
+            try:
+                run(op, arguments)
+            except ERRORS:
+                continue
+            # What was accepted must be a good call of another size or stride, or of another dtype
+            # where one tensor decides it.
+            assert bad.layout == torch.strided
+            assert bad.dtype == base(op, device)[name].dtype or name == "outs"
+
+
+@all_ops
+def test_pairs_of_wrong_tensors(device, op):
+    arguments = base(op, device)
+    names = [n for n, x in arguments.items() if torch.is_tensor(x)]
+    for first, second in itertools.combinations(names, 2):
+        for one, two in zip(
+            mutations(arguments[first]), mutations(arguments[second]), strict=False
+        ):
+            try:
+                run(op, base(op, device) | {first: one, second: two})
+            except ERRORS:
+                pass
+
+
+@all_ops
+@pytest.mark.parametrize("name", ["causal", "window_left", "window_right", "kv_splits"])
+def test_integers(device, isa, op, name):
+    for value in [-1, 0, 3, 4, 4096, 4097, *HUGE]:
+        arguments = base(op, device)
+        if name not in arguments:
+            return
+        arguments[name] = value
+        wrong = {"causal": not 0 <= value <= 2, "kv_splits": not 0 <= value <= 4096}
+        if wrong.get(name, value < -1):
+            with pytest.raises(ERRORS, match=name):
+                run(op, arguments)
+        else:
+            run(op, arguments)
+
+
+@all_ops
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_floats(device, isa, op, name):
+    for value in (float("nan"), float("inf"), -float("inf"), -1.0, 1e308, 5e-324, -0.0):
+        arguments = base(op, device)
+        if name not in arguments:
+            return
+        arguments[name] = value
+        if value != value or abs(value) == float("inf") or (name == "softcap" and value < 0):
+            with pytest.raises(ERRORS, match=name):
+                run(op, arguments)
+        else:
+            run(op, arguments)
+
+
+@all_ops
+@pytest.mark.parametrize("name", ["kv_start", "seqlens_kv"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_lengths(device, isa, op, name, dtype):
+    if name not in base(op, device):
+        return
+    for value in [8, -1, *HUGE]:
+        if not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max:
+            continue
+        for position in (0, 1):
+            lengths = torch.tensor([3, 3], dtype=dtype, device=device)
+            lengths[position] = value
+            with pytest.raises(RuntimeError, match=f"{name}: .*got {value}"):
+                run(op, base(op, device) | {name: lengths})
+
+
+@all_ops
+@pytest.mark.parametrize("name", ["kv_start", "seqlens_kv"])
+def test_length_tensors(device, isa, op, name):
+    if name not in base(op, device):
+        return
+    for bad in [
+        torch.zeros(2, device=device),
+        torch.zeros(2, dtype=torch.int16, device=device),
+        torch.zeros(2, dtype=torch.bool, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.zeros(3, dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.zeros((), dtype=torch.int32, device=device),
+        torch.zeros(2, 1, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device="meta"),
+        torch.zeros(2, dtype=torch.int32, device=device).to_sparse(),
+    ]:
+        with pytest.raises(ERRORS):
+            run(op, base(op, device) | {name: bad})
+    strided = torch.tensor([3, 99, 4, 99], dtype=torch.int32, device=device)[::2]
+    run(op, base(op, device) | {name: strided})
+    run(op, base(op, device) | {name: strided[:1].expand(2)})
+
+
+@all_ops
+def test_masks(device, isa, op):
+    if "mask" not in base(op, device):
+        return
+    full = (2, 4, 3, 7)
+    for shape in itertools.product(*[(0, 1, size, size + 1) for size in full]):
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        fits = all(size in (1, want) for size, want in zip(shape, full, strict=True))
+        if fits:
+            run(op, base(op, device) | {"mask": mask})
+        else:
+            with pytest.raises(ERRORS, match="mask"):
+                run(op, base(op, device) | {"mask": mask})
+    for bad in [
+        torch.zeros(7, device=device),
+        torch.zeros(1, 2, 4, 3, 7, device=device),
+        torch.zeros(full, dtype=torch.int32, device=device),
+        torch.zeros(full, dtype=torch.complex64, device=device),
+        torch.zeros(full, device="meta"),
+        torch.zeros(full, device=device).to_sparse(),
+    ]:
+        with pytest.raises(ERRORS):
+            run(op, base(op, device) | {"mask": bad})
+
+
+def test_gradient_of_a_mask_that_has_none(device, isa):
+    for mask in (None, torch.zeros(1, 1, 1, 7, dtype=torch.bool, device=device)):
+        with pytest.raises(ERRORS, match="mask"):
+            run(
+                "attention_bwd", base("attention_bwd", device) | {"mask": mask, "wants_dmask": True}
+            )
+
+
+def test_backward_of_values_that_fit_nothing(device, isa):
+    # lse and out need not belong to the inputs: the result is meaningless, the memory is safe.
+    for value in (torch.nan, torch.inf, -torch.inf, 1e30):
+        arguments = base("attention_bwd", device)
+        for name in ("lse", "out", "dout"):
+            run("attention_bwd", arguments | {name: torch.full_like(arguments[name], value)})
+
+
+def test_outputs_of_decode(device, isa):
+    call = base("decode.out", device)
+    for name, bad in [
+        ("out", call["out"].expand(2, 3, 4, 24)[:1].expand(2, 3, 4, 24)),
+        ("out", call["out"].double()),
+        ("out", call["out"][..., :16]),
+        ("lse", call["lse"].transpose(0, 1).contiguous().transpose(0, 1)),
+        ("lse", call["lse"].double()),
+        ("lse", call["lse"][:1].expand(2, 4, 3)),
+    ]:
+        with pytest.raises(ERRORS, match=name):
+            run("decode.out", call | {name: bad})
+
+
+def test_sizes_too_large_to_allocate(device, isa):
+    q = torch.zeros(1, 1, 1, 8, device=device)
+    for shape in ((2**40, 1, 1, 8), (2**31, 2**31, 1, 8), (1, 2**62, 1, 8)):
+        many = q.expand(shape)
+        kv = q.expand(shape[0], 1, 1, 8)
+        with pytest.raises(ERRORS):
+            OPS.attention_fwd(many, kv, kv, None, None, None, *SCALARS.values())
+
+
+@all_ops
+def test_wrong_number_of_arguments(device, op):
+    name, _, overload = op.partition(".")
+    function = getattr(getattr(OPS, name), overload or "default")
+    arguments = base(op, device)
+    with pytest.raises(ERRORS):
+        function()
+    with pytest.raises(ERRORS):
+        function(*arguments.values(), 1)
+    for name in arguments:
+        with pytest.raises(ERRORS):
+            function(**{n: x for n, x in arguments.items() if n != name})
+        with pytest.raises(ERRORS):
+            function(**arguments | {name: "text"})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_calls(device, isa, seed):
+    """Any sizes, any dtypes, any strides: mostly refused; what is accepted stays in its bounds."""
+    rng, accepted = random.Random(seed), 0
+    sizes = [0, 1, 2, 3, 5, 8, 17, 130]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    for _ in range(150):
+        dtype = rng.choice(dtypes)
+
+        def tensor(*shape, dtype=dtype):
+            shape = [rng.choice(sizes) if rng.random() < 0.02 else size for size in shape]
+            storage = torch.randn(max(3 * torch.Size(shape).numel(), 1), device=device)
+            storage = storage.to(rng.choice(dtypes) if rng.random() < 0.02 else dtype)
+            order = rng.sample(range(len(shape) - 1), len(shape) - 1)
+            strides, step = [0] * (len(shape) - 1) + [1], max(shape[-1], 1)
+            for dim in order:  # any order of dimensions, sometimes gaps, sometimes broadcast
+                strides[dim] = 0 if rng.random() < 0.1 else step
+                step *= max(shape[dim], 1) if strides[dim] else 1
+            return storage.as_strided(shape, strides, rng.choice([0, 0, 1, 3]))
+
+        batch_size, seqlen_q, seqlen_kv = (
+            rng.choice([1, 2, 3]),
+            rng.choice(sizes),
+            rng.choice(sizes),
+        )
+        heads_kv, head_dim, head_dim_v = (
+            rng.choice([1, 2]),
+            rng.choice([8, 40]),
+            rng.choice([8, 72]),
+        )
+        heads_q = heads_kv * rng.choice([1, 3])
+        scalars = [
+            0.3,
+            rng.choice([0.0, 4.0]),
+            rng.randint(0, 2),
+            rng.randint(-1, 9),
+            rng.randint(-1, 9),
+        ]
+        q = tensor(batch_size, seqlen_q, heads_q, head_dim)
+        k = tensor(batch_size, seqlen_kv, heads_kv, head_dim)
+        v = tensor(batch_size, seqlen_kv, heads_kv, head_dim_v)
+        mask = starts = ends = None
+        if rng.random() < 0.4:
+            full = (batch_size, heads_q, seqlen_q, seqlen_kv)
+            mask = tensor(*[rng.choice([size, 1]) for size in full], dtype=rng.choice(dtypes))
+        if rng.random() < 0.4:
+            ends = torch.randint(0, seqlen_kv + 1, (batch_size,), device=device)
+            starts = (ends * torch.rand(batch_size, device=device)).long()
+        inputs = (mask, starts, ends, *scalars)
+        try:
+            out, lse = OPS.attention_fwd(q, k, v, *inputs)
+            OPS.decode(q, k, v, *inputs, rng.choice([0, 1, 2, 5]), False)
+            OPS.decode(q, k, v, *inputs, 0, True)
+            wants = mask is not None
+            dout = tensor(batch_size, seqlen_q, heads_q, head_dim_v)
+            OPS.attention_bwd(dout, None, q, k, v, out, lse, *inputs, wants)
+            OPS.attention_bwd(dout, lse, q, k, v, out, lse, *inputs, False)
+            accepted += 1
+        except ERRORS:
+            pass
+    assert accepted > 30
