@@ -78,7 +78,12 @@ def explain(op, *args, **kwargs) -> Explanation:
     force_one = name == "attention"
     splits = 1 if force_one else kwargs.get("kv_splits", 0)
     invariant = not force_one and kwargs.get("batch_invariant", False)
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    longest = k.shape[1]
+    if q.shape[0] and (kwargs.get("seqlens_kv") is not None or kwargs.get("kv_start") is not None):
+        end, start = kwargs.get("seqlens_kv"), kwargs.get("kv_start")
+        visible = (longest if end is None else end) - (0 if start is None else start)
+        longest = max(int(visible.max()), 0)
+    sizes = (q.shape[0], q.shape[1], longest, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     block_m, block_n, kv_splits = _ops.decode_plan(*sizes, splits, invariant).tolist()
     isa = _ops.cpu_isa()
     rejected = {"cuda": f"inputs are on {q.device}; {_ops.cuda_status}"}

@@ -9,21 +9,31 @@ namespace flashinfer_lite {
 namespace {
 
 // Splits of the longest sequence, and their length in keys: whole key blocks.
-void choose_splits(AttentionFwdParams& p, int64_t kv_splits, bool batch_invariant) {
+void choose_splits(AttentionFwdParams& p, int64_t longest, int64_t kv_splits,
+                   bool batch_invariant) {
   const Tile tile = cpu_forward_tile(p.head_dim, p.head_dim_v);
   if (batch_invariant) {
     p.keys_per_split = kBatchInvariantSplit;
-    p.kv_splits = std::max<int64_t>((p.seqlen_kv + p.keys_per_split - 1) / p.keys_per_split, 1);
+    p.kv_splits = std::max<int64_t>((longest + p.keys_per_split - 1) / p.keys_per_split, 1);
     return;
   }
   if (kv_splits == 0) {
     const int64_t row_blocks = (p.rows_per_kv_head() + tile.block_m - 1) / tile.block_m;
     kv_splits = cpu_kv_splits(p.batch_size * p.num_heads_kv * row_blocks,
-                              torch::stable::get_num_threads(), p.seqlen_kv);
+                              torch::stable::get_num_threads(), longest);
   }
-  const int64_t keys = (p.seqlen_kv + kv_splits - 1) / kv_splits;
+  const int64_t keys = (longest + kv_splits - 1) / kv_splits;
   p.keys_per_split = std::max<int64_t>((keys + tile.block_n - 1) / tile.block_n, 1) * tile.block_n;
   p.kv_splits = kv_splits;
+}
+
+int64_t longest_sequence(const AttentionParams& p) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    const Visibility visibility = p.visibility(b);
+    longest = std::max(longest, visibility.kv_end - visibility.kv_begin);
+  }
+  return longest;
 }
 
 void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant, Tensor& out,
@@ -36,7 +46,7 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   p.lse = lse.data_ptr();
   count_call();
   if (lse.numel() == 0) return;
-  choose_splits(p, kv_splits, batch_invariant);
+  choose_splits(p, longest_sequence(p), kv_splits, batch_invariant);
 
   const double work =
       double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv * (p.head_dim + p.head_dim_v);
@@ -121,18 +131,17 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
 }
 
 // What decode would choose, for explain(): int64 [block_m, block_n, kv_splits].
-Tensor decode_plan(int64_t batch_size, int64_t seqlen_q, int64_t seqlen_kv, int64_t num_heads_q,
+Tensor decode_plan(int64_t batch_size, int64_t seqlen_q, int64_t longest, int64_t num_heads_q,
                    int64_t num_heads_kv, int64_t head_dim, int64_t head_dim_v, int64_t kv_splits,
                    bool batch_invariant) {
   AttentionFwdParams p;
   p.batch_size = batch_size;
   p.seqlen_q = seqlen_q;
-  p.seqlen_kv = seqlen_kv;
   p.num_heads_q = num_heads_q;
   p.num_heads_kv = std::max<int64_t>(num_heads_kv, 1);
   p.head_dim = head_dim;
   p.head_dim_v = head_dim_v;
-  choose_splits(p, kv_splits, batch_invariant);
+  choose_splits(p, longest, kv_splits, batch_invariant);
   const Tile tile = cpu_forward_tile(head_dim, head_dim_v);
   Tensor out = torch::stable::empty({3}, ScalarType::Long);
   int64_t* values = static_cast<int64_t*>(out.data_ptr());
