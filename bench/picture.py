@@ -53,7 +53,7 @@ def draw(path: Path, header: list[str], rows: list[dict], warnings: list[str]) -
     axes.set_xlim(left=0)
     axes.set_xlabel("speed against the fastest SDPA of the same run; line: p10 to p90")
     axes.spines[["top", "right"]].set_visible(False)
-    title = "\n".join([*header, *(f"WARNING: {w[:110]}" for w in warnings)])
+    title = "\n".join([*header, *("WARNING: " + w.split(". ")[0] for w in warnings)])
     axes.set_title(title, fontsize=8, loc="left")
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, bbox_inches="tight", facecolor="white")

@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "demo.png")
     args = parser.parse_args(argv)
 
-    from demo_worker import VARIANTS, WARMUP_STEPS
+    from demo_table import VARIANTS, WARMUP_STEPS
 
     if not args.prompt.strip():
         parser.error("--prompt: expected some text, got nothing")
@@ -231,8 +231,16 @@ def show_table(args, source, tokenizer) -> bool:
     import torch
     import transformers
     from demo_model import real_text
-    from demo_table import WorkerError, build_rows, draw, format_table, machine, run_variant
-    from demo_worker import SHORT_REPEATS, WARMUP_STEPS
+    from demo_table import (
+        SHORT_REPEATS,
+        WARMUP_STEPS,
+        WorkerError,
+        build_rows,
+        draw,
+        format_table,
+        machine,
+        run_variant,
+    )
     from tqdm import tqdm
 
     import flashinfer_lite

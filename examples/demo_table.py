@@ -11,8 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo_worker import VARIANTS
-
+VARIANTS = {
+    "ours": "ours, our Cache",
+    "ours-dynamic": "ours, DynamicCache",
+    "sdpa": "sdpa, DynamicCache",
+    "sdpa-ourcache": "sdpa, our Cache",
+    "eager": "eager, DynamicCache",
+    "ceiling": "ceiling: free attention",
+}
+SHORT_REPEATS = 3
+WARMUP_STEPS = 2
 WORKER = Path(__file__).with_name("demo_worker.py")
 
 
@@ -78,7 +86,7 @@ def build_rows(results: dict[str, dict], dtype: str) -> tuple[list[str], list[li
     """
     short_dtype = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     contexts = [fields["context"] for fields in next(iter(results.values()))["contexts"]]
-    header = [f"attention ({short_dtype}, tokens/s)"]
+    header = [f"tokens/s ({short_dtype})"]
     header += [f"prefill {c}" for c in contexts] + [f"decode {c}" for c in contexts]
     has_bf16 = any("bf16" in result for result in results.values())
     header += [f"bf16 decode {contexts[-1]}"] if has_bf16 else []

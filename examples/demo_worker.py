@@ -18,17 +18,7 @@ import time
 
 import torch
 from demo_model import load_model
-
-VARIANTS = {
-    "ours": "flashinfer_lite, its own Cache",
-    "ours-dynamic": "flashinfer_lite, DynamicCache",
-    "sdpa": "torch sdpa, DynamicCache",
-    "sdpa-ourcache": "torch sdpa, our Cache",
-    "eager": "transformers eager, DynamicCache",
-    "ceiling": "attention that costs nothing, our Cache",
-}
-SHORT_REPEATS = 3
-WARMUP_STEPS = 2
+from demo_table import SHORT_REPEATS, VARIANTS, WARMUP_STEPS
 
 
 def tick(label: str) -> None:
