@@ -1,0 +1,148 @@
+"""The contract of every op: schema, fake kernel, autograd, dispatch keys."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashinfer_lite import _ops
+from flashinfer_lite.testing import make_mask, make_qkv
+
+# name -> (what the arguments must hold, autograd)
+OPS = {
+    "attention_fwd": ("Tensor q, Tensor k, Tensor v", True),
+    "attention_bwd": ("Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v", True),
+    "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
+    "decode.out": ("Tensor(a!) out, Tensor(b!) lse) -> ()", False),
+    "merge_states": ("Tensor outs, Tensor lses", True),
+    "decode_plan": ("", False),
+    "cpu_isa": ("", False),
+    "cpu_isas": ("", False),
+    "stats": ("", False),
+}
+SCALARS = (0.25, 0.0, 1, -1, -1)
+LAYOUTS = ["contiguous", "fused", "bhsd", "misaligned", "expand"]
+
+
+def op_named(name):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.flashinfer_lite, packet), overload or "default")
+
+
+def test_every_op_is_listed(device):
+    registered = {
+        name.removeprefix("flashinfer_lite::").removesuffix(".default")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("flashinfer_lite::")
+    }
+    assert registered == set(OPS) == set(_ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_schema(device, name):
+    text, autograd = OPS[name]
+    schema = op_named(name)._schema
+    assert text in str(schema)
+    # register_autograd takes neither mutated nor keyword-only tensors; training ops have none.
+    if autograd:
+        assert not schema.is_mutable
+        assert not any(argument.kwarg_only for argument in schema.arguments)
+    assert schema.is_mutable == (name == "decode.out")
+
+
+@pytest.mark.parametrize("name", [n for n, (text, _) in OPS.items() if text])
+def test_dispatch_keys(device, name):
+    def has(key):
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashinfer_lite::{name}", key)
+
+    assert has("CPU") and has("Meta")
+    # Autograd costs microseconds a call even under no_grad: inference ops have none.
+    assert has("Autograd") == OPS[name][1]
+
+
+def sample(device, layout="contiguous", dtype=torch.float32, seqlen_q=5, requires_grad=False):
+    seqlen_kv = seqlen_q if layout == "fused" else 9
+    options = {"dtype": dtype, "device": device, "layout": layout}
+    return make_qkv(2, seqlen_q, seqlen_kv, 4, 2, 16, requires_grad=requires_grad, **options)
+
+
+def optional(device, mask=None, lengths=False, q=5, k=9):
+    if mask is not None:
+        mask = make_mask(mask, (1, 4, q, k), device=device)
+    ends = torch.tensor([k, 3], dtype=torch.int32, device=device) if lengths else None
+    starts = torch.tensor([1, 0], device=device) if lengths else None
+    return mask, starts, ends
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_attention_fwd(device, requires_grad, mask, dtype):
+    q, k, v = sample(device, dtype=dtype, requires_grad=requires_grad)
+    mask, *lengths = optional(device, mask, lengths=mask is not None)
+    if requires_grad and mask is not None and mask.dtype != torch.bool:
+        mask.requires_grad_()
+    torch.library.opcheck(_ops.attention_fwd, (q, k, v, mask, *lengths, *SCALARS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_attention_fwd_layouts(device, layout):
+    inputs = sample(device, layout, requires_grad=layout != "expand")
+    torch.library.opcheck(_ops.attention_fwd, (*inputs, None, None, None, *SCALARS))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_opcheck_attention_bwd(device, mask):
+    q, k, v = sample(device)
+    masks = optional(device, mask, lengths=True)
+    out, lse = _ops.attention_fwd(q, k, v, *masks, *SCALARS)
+    for dlse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(out), dlse, q, k, v, out, lse, *masks, *SCALARS)
+        torch.library.opcheck(_ops.attention_bwd, (*arguments, mask == "additive"))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_opcheck_decode(device, mask, invariant):
+    q, k, v = sample(device, seqlen_q=1)
+    masks = optional(device, mask, lengths=True, q=1)
+    torch.library.opcheck(_ops.decode, (q, k, v, *masks, *SCALARS, 0, invariant))
+    out, lse = torch.empty_like(q), torch.empty(2, 4, 1, device=device)
+    torch.library.opcheck(_ops.decode_out, (q, k, v, *masks, *SCALARS, 2, False, out, lse))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_merge_states(device, requires_grad):
+    outs = torch.randn(3, 2, 5, 4, 16, device=device, requires_grad=requires_grad)
+    lses = torch.randn(3, 2, 4, 5, device=device, requires_grad=requires_grad)
+    torch.library.opcheck(_ops.merge_states, (outs, lses))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
+    q, k, v = sample(device, layout, dtype=dtype)
+    masks = optional(device, "additive", lengths=True, q=q.shape[1], k=k.shape[1])
+    out, lse = _ops.attention_fwd(q, k, v, *masks, *SCALARS)
+    batch_size, num_heads_q, seqlen_q = lse.shape
+    swapped = lse.new_zeros(seqlen_q, batch_size, 2, num_heads_q).permute(2, 0, 3, 1)
+    calls = [
+        (_ops.attention_fwd, (q, k, v, *masks, *SCALARS)),
+        (_ops.attention_bwd, (out, lse, q, k, v, out, lse, *masks, *SCALARS, True)),
+        (_ops.decode, (q, k, v, *masks, *SCALARS, 3, False)),
+        (_ops.merge_states, (torch.stack([out] * 2), torch.stack([lse] * 2))),
+        (_ops.merge_states, (torch.stack([out] * 2).permute(0, 2, 1, 3, 4), swapped)),
+    ]
+    for op, arguments in calls:
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments))
+        for x, y in zip(real, fake, strict=True):
+            assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_results_share_no_memory_with_inputs(device):
+    q, k, v = sample(device, seqlen_q=9)
+    out, lse = _ops.attention_fwd(q, k[:, :1], v[:, :1], None, None, None, *SCALARS)
+    outs, lses = out.unsqueeze(0), lse.unsqueeze(0)
+    merged = _ops.merge_states(outs, lses)  # one state: still a copy, as the schema says
+    assert merged[0].data_ptr() != out.data_ptr() and merged[1].data_ptr() != lse.data_ptr()
