@@ -13,6 +13,7 @@ Environment
     CXX                       compiler, e.g. "ccache g++" or clang++; default g++
 """
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -33,8 +34,7 @@ TORCH_TARGET_VERSION = f"0x{MIN_TORCH[0] << 56 | MIN_TORCH[1] << 48:016x}"
 BYTES_PER_JOB = 3 * 2**29  # the heaviest translation unit stays below this
 # -ffp-contract=off: a*b+c stays two roundings unless a kernel writes the FMA, at every ISA level.
 CXXFLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -fvisibility-inlines-hidden"
-# -Wno-restrict: g++ 12 reports std::string's own operator+ (GCC bug 105329).
-WARNINGS = "-Wall -Wextra -Wno-restrict"
+WARNINGS = "-Wall -Wextra"
 INSTALL_HINT = "install torch>=2.11 first, then: pip install --no-build-isolation ."
 
 
@@ -142,8 +142,12 @@ class NinjaBuild(BuildExtension):
             ninja_file.write_text(text)
 
         ninja, jobs = [find_ninja(), "-f", str(ninja_file)], max_jobs()
-        if subprocess.run([*ninja, "-j", str(jobs)]).returncode != 0:
-            fail("compilation failed, the compiler's message is above")
+        # Two ninjas in one directory spoil each other's logs; the second waits. The kernel drops
+        # the lock with its holder, however that ends.
+        with (build_dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if subprocess.run([*ninja, "-j", str(jobs)]).returncode != 0:
+                fail("compilation failed, the compiler's message is above")
         for extension in self.extensions:
             wanted = Path(self.get_ext_fullpath(extension.name))
             self.place(build_dir / self.library_name(extension), wanted)

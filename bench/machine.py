@@ -109,13 +109,13 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def describe(threads: int) -> dict:
     """Return the header of a run: machine, versions, commit, load."""
     import flashinfer_lite
-    from flashinfer_lite import _ops
+    from flashinfer_lite.testing import current_isa
 
     return {
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": threads,
-        "isa": _ops.cpu_isa(),
+        "isa": current_isa(),
         "caches": cache_sizes(),
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),

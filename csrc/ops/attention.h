@@ -154,7 +154,9 @@ inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs
     lengths.seqlens_kv = read_lengths("seqlens_kv", *a.seqlens_kv, p.batch_size);
     p.seqlens_kv = lengths.seqlens_kv.data();
   }
-  for (int64_t b = 0; b < p.batch_size; ++b) {
+  // Only given lengths need a look: an expanded batch of 2^40 is not counted through for nothing.
+  const int64_t to_check = a.kv_start || a.seqlens_kv ? p.batch_size : 0;
+  for (int64_t b = 0; b < to_check; ++b) {
     const int64_t end = p.seqlens_kv ? p.seqlens_kv[b] : p.seqlen_kv;
     const int64_t start = p.kv_start ? p.kv_start[b] : 0;
     check(end >= 0 && end <= p.seqlen_kv, "seqlens_kv: expected values in [0, ", p.seqlen_kv,

@@ -8,7 +8,7 @@ isa         force one ISA level of the CPU kernels
 
 from flashinfer_lite.testing.check import check_backward, check_forward
 from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv
-from flashinfer_lite.testing.isa import ALL_LEVELS, force_isa, isa_levels
+from flashinfer_lite.testing.isa import ALL_LEVELS, current_isa, force_isa, isa_levels
 from flashinfer_lite.testing.poison import Guarded, guarded
 from flashinfer_lite.testing.tolerance import (
     assert_close,
@@ -29,6 +29,7 @@ __all__ = [
     "assert_same_bits",
     "check_backward",
     "check_forward",
+    "current_isa",
     "force_isa",
     "guarded",
     "isa_levels",

@@ -12,6 +12,11 @@ def isa_levels():
     return list(_ops.cpu_isas())
 
 
+def current_isa():
+    """The level in force."""
+    return _ops.cpu_isa()
+
+
 @contextlib.contextmanager
 def force_isa(name):
     """Run the CPU kernels of one level in this block, process-wide; None is the default one.
@@ -20,7 +25,7 @@ def force_isa(name):
         Whatever the library raises for a level that is not present; it lists those that are.
 
     >>> with force_isa("baseline"):
-    ...     _ops.cpu_isa()
+    ...     current_isa()
     'baseline'
     """
     previous = _ops.cpu_isa()
