@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N")
     parser.add_argument("--short", type=int, default=256, metavar="TOKENS", help="short context")
     parser.add_argument("--long", type=int, default=4096, metavar="TOKENS", help="long context")
-    parser.add_argument("--steps", type=int, default=24, metavar="N", help="decode steps timed")
+    parser.add_argument("--steps", type=int, default=16, metavar="N", help="decode steps timed")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
