@@ -92,7 +92,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_attention(q, v):
+def _one_device(*tensors):
+    """A meta tensor among real ones is dispatched to the fake, which would return empty memory."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
+
+
+def _fake_attention(q, v, *others):
+    _one_device(q, v, *others)
     batch_size, seqlen_q, num_heads_q, _ = q.shape
     out = q.new_empty(batch_size, seqlen_q, num_heads_q, v.shape[-1])
     lse = q.new_empty(batch_size, num_heads_q, seqlen_q, dtype=accumulator_dtype(q.dtype))
@@ -100,27 +108,29 @@ def _fake_attention(q, v):
 
 
 @torch.library.register_fake("flashinfer_lite::attention_fwd")
-def _(q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right):
-    return _fake_attention(q, v)
+def _(q, k, v, mask, kv_start, seqlens_kv, *scalars):
+    return _fake_attention(q, v, k, mask, kv_start, seqlens_kv)
 
 
 @torch.library.register_fake("flashinfer_lite::decode")
 def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *scalars):
-    return _fake_attention(q, v_cache)
+    return _fake_attention(q, v_cache, k_cache, mask, kv_start, seqlens_kv)
 
 
 @torch.library.register_fake("flashinfer_lite::decode.out")
 def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
-    return None
+    _one_device(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest[-2:])
 
 
 @torch.library.register_fake("flashinfer_lite::merge_states")
 def _(outs, lses):
+    _one_device(outs, lses)
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
 @torch.library.register_fake("flashinfer_lite::attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
+    _one_device(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv)
     dmask = mask.new_empty(mask.shape, dtype=lse.dtype) if rest[-1] else lse.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 

@@ -27,6 +27,8 @@ struct Visibility {
     KeyRange range{kv_begin, kv_end};
     if (window_left >= 0) range.begin = std::max(range.begin, position - window_left);
     if (window_right >= 0) range.end = std::min(range.end, position + window_right + 1);
+    // A row beyond its keys is empty, within the bounds all the same: ranges of rows are joined.
+    range.begin = std::min(range.begin, kv_end);
     range.end = std::max(range.end, range.begin);
     return range;
   }
