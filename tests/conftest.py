@@ -4,7 +4,6 @@ Every test takes `device`; a numerical test of the CPU kernels takes `isa` and r
 that is compiled in and present. Random numbers are seeded per test from one session seed.
 """
 
-import os
 import random
 import zlib
 from collections import Counter
@@ -16,12 +15,11 @@ import torch
 import flashinfer_lite
 from flashinfer_lite.testing import ALL_LEVELS, force_isa, isa_levels
 
-# CI must find the same thing twice; elsewhere every run looks somewhere else.
-hypothesis.settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
-hypothesis.settings.register_profile(
-    "ci", deadline=None, max_examples=50, print_blob=True, derandomize=True, database=None
-)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+# The same examples in every run, here as in CI; `--hypothesis-profile=explore` looks elsewhere.
+_COMMON = {"deadline": None, "print_blob": True}
+hypothesis.settings.register_profile("fixed", max_examples=50, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("explore", max_examples=500, **_COMMON)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):

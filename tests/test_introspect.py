@@ -1,0 +1,128 @@
+"""explain(), stats() and the doctor say what ran."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flashinfer_lite
+from flashinfer_lite import attention, decode, explain, stats
+from flashinfer_lite.testing import ALL_LEVELS, isa_levels, make_qkv
+
+
+def test_stats_count_calls(device):
+    q, k, v = make_qkv(1, 3, 5, device=device, requires_grad=True)
+    stats(reset=True)
+    assert stats().calls == 0
+    out = attention(q, k, v)
+    assert stats().calls == 1
+    out.sum().backward()
+    assert stats().calls == 2
+    with torch.no_grad():
+        decode(q, k, v)
+        decode(q, k, v, kv_splits=2)
+    attention(q, k, v, impl="reference")  # not ours, not counted
+    counted = stats(reset=True)
+    assert counted.calls == 4
+    assert counted.rows_checked == counted.rows_recomputed == 0
+    assert stats().calls == 0
+
+
+@pytest.mark.parametrize("name", ["attention", "decode"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_explain_names_the_level_in_force(device, isa, name, by_name):
+    q, k, v = make_qkv(1, 3, 5, device=device)
+    op = name if by_name else getattr(flashinfer_lite, name)
+    calls = stats().calls
+    chosen = explain(op, q, k, v, causal=True)
+    assert stats().calls == calls  # it runs nothing
+    assert isa in chosen.kernel and name in chosen.kernel
+    assert len(chosen.tile) == 2 and all(size > 0 for size in chosen.tile)
+    assert chosen.kv_splits >= 1
+    for level in ALL_LEVELS:
+        assert (level == isa) or any(level in kernel for kernel in chosen.rejected)
+    assert all(reason for reason in chosen.rejected.values())
+
+
+def test_explain_float64_at_avx512(device, isa):
+    q, k, v = make_qkv(1, 3, 5, dtype=torch.float64, device=device)
+    assert ("avx2" if isa == "avx512" else isa) in explain(attention, q, k, v).kernel
+
+
+def test_explain_splits(device, threads):
+    q, k, v = make_qkv(1, 1, 4096, 8, 1, 64, device=device)
+    threads(1)
+    assert explain(decode, q, k, v).kv_splits == 1
+    threads(2)
+    assert explain(decode, q, k, v).kv_splits > 1
+    assert explain(decode, q, k, v, kv_splits=5).kv_splits == 5
+    threads(7)
+    assert explain(attention, q, k, v).kv_splits == 1
+    invariant = explain(decode, q, k, v, batch_invariant=True).kv_splits
+    threads(1)
+    assert explain(decode, q, k, v, batch_invariant=True).kv_splits == invariant
+
+
+def test_explain_reference(device):
+    q, k, v = make_qkv(1, 3, 5, device=device)
+    assert "reference" in explain(attention, q, k, v, impl="reference").kernel
+
+
+def test_explain_refuses_what_the_op_refuses(device):
+    q, k, v = make_qkv(1, 3, 5, device=device)
+    for bad, error in (({"softcap": -1.0}, ValueError), ({"sink": q}, NotImplementedError)):
+        with pytest.raises(error, match=next(iter(bad))):
+            attention(q, k, v, **bad)
+        with pytest.raises(error, match=next(iter(bad))):
+            explain(attention, q, k, v, **bad)
+    with pytest.raises(ValueError, match="^k: "):
+        explain(attention, q, k[..., :8], v)
+    with pytest.raises(ValueError, match="^op: "):
+        explain("softmax", q, k, v)
+    with pytest.raises(TypeError):
+        explain(attention, q, k, v, sm_scale=1.0)
+
+
+def doctor(**environment):
+    return subprocess.run(
+        [sys.executable, "-m", "flashinfer_lite", "doctor"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_doctor(device):
+    done = doctor()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in (flashinfer_lite.__version__, torch.__version__, flashinfer_lite.cuda_status):
+        assert text in done.stdout
+    for level in isa_levels():
+        assert level in done.stdout
+    assert re.search(r"self-test +passed", done.stdout)
+
+
+def test_doctor_and_environment_variable(device):
+    assert "level baseline" in doctor(FLASHINFER_LITE_ISA="baseline").stdout
+    done = doctor(FLASHINFER_LITE_ISA="amx9000")
+    assert done.returncode == 1
+    assert "amx9000" in done.stdout and all(level in done.stdout for level in isa_levels())
+
+
+def test_absent_level_in_the_environment_fails_at_the_first_call(device):
+    code = (
+        "import torch, flashinfer_lite as fi\n"
+        "x = torch.zeros(1, 1, 1, 8)\n"
+        "try: fi.attention(x, x, x)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FLASHINFER_LITE_ISA": "nosuch"},
+        capture_output=True,
+        text=True,
+    )
+    assert "nosuch" in done.stdout and all(level in done.stdout for level in isa_levels())
