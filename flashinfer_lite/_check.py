@@ -146,14 +146,14 @@ def softmax_kind(softmax, phi):
 
 def under_autocast(*tensors):
     """The tensors as autocast wants them: fp64 stays, other floating dtypes become its dtype."""
+    if not all(torch.is_tensor(x) for x in tensors):
+        return tensors  # the checks that follow name the culprit
     device = tensors[0].device.type
     # Autocast knows no device such as "meta", and says so with an error.
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if torch.is_tensor(x) and x.dtype in ELEMENT_DTYPES[1:] else x for x in tensors
-    )
+    return tuple(x.to(dtype) if x.dtype in ELEMENT_DTYPES[1:] else x for x in tensors)
 
 
 def impl(value, q):
