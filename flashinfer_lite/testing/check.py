@@ -74,9 +74,7 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
     actual = gradients(lambda *t, **kw: op(*t, **kw, return_lse=True), None)
     oracle = gradients(oracle_run, torch.float64)
     eager = gradients(oracle_run, None)
-    # The backward recomputes P = exp(s - lse) from an lse that is rounded to float32.
-    slack = _largest_finite(_detached(q, k, v, arguments, torch.float64)[1])
-    slack = max(slack, 1.0) if q.dtype == torch.float32 else 1.0
+    slack = _score_size(q, k, v, arguments) if q.dtype == torch.float32 else 1.0
     for name, x, ref, e in zip(("dq", "dk", "dv"), actual, oracle, eager, strict=False):
         if strict:
             assert_close_strict(x, ref, e, name, gradient=True)
@@ -102,6 +100,18 @@ def _padded(shape):
 def _detached(q, k, v, arguments, dtype):
     with torch.no_grad():
         return reference.attention(q, k, v, **arguments, return_lse=True, dtype=dtype)
+
+
+def _score_size(q, k, v, arguments):
+    """How many roundings of P one rounding of a score or of the float32 lse is worth."""
+    lse = _largest_finite(_detached(q, k, v, arguments, torch.float64)[1])
+    scale = arguments.get("softmax_scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    k = k.detach().double().repeat_interleave(q.shape[2] // max(k.shape[2], 1), 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.detach().double(), k)
+    return max(
+        lse, scale * _largest_finite(scores) / min(arguments.get("softcap") or 1.0, 1.0), 1.0
+    )
 
 
 def _leaf(t, dtype):

@@ -22,6 +22,9 @@ ATOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 RTOL = {torch.float32: 5e-6, torch.float64: 1e-11}
 LSE_ATOL, LSE_RTOL = 1e-4, 1e-5
 
+# Below so many elements the largest error of a float32 result is no measure of the usual one.
+FEW = 4096
+
 # In float64 eager *is* the oracle, so its error says nothing: this many roundings of the largest
 # value instead. Far below the 6e-8 that one float32 step in between would cost.
 FLOAT64_ROUNDINGS = 2.0**16
@@ -80,6 +83,7 @@ def assert_close(actual, oracle, eager, name="out", *, gradient=False, dtype=Non
         gradient: of q, k, v or a mask. In float32 they may meet the elementwise rule instead: eager
             subtracts from dP a sum of the very products in it, whose roundings cancel; a flash
             backward subtracts dout . out, and like torch's own kernel is at 1 to 3 times eager.
+            So may any float32 result of few elements, where eager's worst is luck.
         dtype: what was computed in, where the result has a wider one. Default: actual's.
         terms: the largest sum of the magnitudes that were added up, where max|ref| is far less.
 
@@ -100,7 +104,8 @@ def assert_close(actual, oracle, eager, name="out", *, gradient=False, dtype=Non
         bound = GENERAL_FACTOR * (eager_error + rounding)
     if error.max() <= bound:
         return
-    if gradient and dtype == torch.float32 and (error <= _elementwise_bound(oracle, dtype)).all():
+    lenient = dtype == torch.float32 and (gradient or error.numel() < FEW)
+    if lenient and (error <= _elementwise_bound(oracle, dtype)).all():
         return
     rule = f"allowed {bound:.3e} (eager's error is {eager_error:.3e})"
     raise AssertionError(_report(name, error, actual, oracle, rule))
