@@ -83,8 +83,7 @@ def explain(op, *args, **kwargs) -> Explanation:
         end, start = kwargs.get("seqlens_kv"), kwargs.get("kv_start")
         visible = (longest if end is None else end) - (0 if start is None else start)
         longest = max(int(visible.max()), 0)
-    sizes = (q.shape[0], q.shape[1], longest, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    block_m, block_n, kv_splits = _ops.decode_plan(*sizes, splits, invariant).tolist()
+    block_m, block_n, kv_splits = _ops.decode_plan(q, k, v, longest, splits, invariant).tolist()
     isa = _ops.cpu_isa()
     rejected = {"cuda": f"inputs are on {q.device}; {_ops.cuda_status}"}
     for level in ("avx512", "avx2", "baseline"):

@@ -26,9 +26,8 @@ SCHEMAS = {
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
     "int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
-    "decode_plan": "(int batch_size, int seqlen_q, int longest, int num_heads_q, "
-    "int num_heads_kv, int head_dim, int head_dim_v, int kv_splits, bool batch_invariant) "
-    "-> Tensor",
+    "decode_plan": "(Tensor q, Tensor k, Tensor v, int longest, int kv_splits, "
+    "bool batch_invariant) -> Tensor",
     "cpu_isa": "(str? name=None) -> str",
     "cpu_isas": "() -> str",
     "stats": "(bool reset=False) -> Tensor",

@@ -11,18 +11,42 @@ struct Tile {
   int64_t block_n;  // keys per step
 };
 
-// The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and head_dim
-// 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the same bytes.
-inline Tile cpu_forward_tile(int64_t head_dim, int64_t head_dim_v) {
-  return {96, std::max(head_dim, head_dim_v) > 128 ? 64 : 128};
+struct CpuForwardPlan {
+  Tile tile;
+  bool pack;               // copy each tile of K and V into the products' layout, or read in place
+  int64_t heads_per_task;  // KV heads that walk along the keys together
+};
+
+// What the forward's choices depend on: one sequence's shape and the layout of K, nothing else.
+struct CpuForwardProblem {
+  int64_t rows;  // per KV head: queries times the heads of a group
+  int64_t num_heads_kv;
+  int64_t head_dim;
+  int64_t head_dim_v;
+  int64_t element_size;
+  bool heads_interleaved;  // a key's heads lie side by side, so one head's keys lie far apart
+};
+
+inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
+  // Below 12 rows a packed tile is not read often enough to pay for packing.
+  const bool pack = p.rows >= 12;
+  // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
+  // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
+  // same bytes.
+  CpuForwardPlan plan{{96, std::max(p.head_dim, p.head_dim_v) > 128 ? 64 : 128}, pack, 1};
+  if (!pack && p.heads_interleaved && p.num_heads_kv > 1) {
+    // One head at a time would read 256 bytes of every 2 KB, at a third of the memory's speed:
+    // heads that fill about 2 KB go together, with 32 keys of theirs and the next 32 in L2.
+    const int64_t heads = 2048 / (p.head_dim * p.element_size);
+    plan.heads_per_task = std::clamp<int64_t>(heads, 1, p.num_heads_kv);
+    if (plan.heads_per_task > 1) plan.tile.block_n = 32;
+  }
+  plan.tile.block_m = std::clamp<int64_t>(p.rows, 1, plan.tile.block_m);
+  return plan;
 }
 
 // The backward holds about three times as many tiles as the forward.
 inline Tile cpu_backward_tile() { return {64, 64}; }
-
-// Below this many rows per KV head a packed tile of K and V is not read often enough to pay for
-// packing, and the kernel reads K and V in place instead.
-constexpr int64_t kCpuPackRows = 12;
 
 // Keys per split in batch-invariant mode: fixed, so that a sequence's own length decides.
 constexpr int64_t kBatchInvariantSplit = 1024;

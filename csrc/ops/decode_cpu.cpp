@@ -9,21 +9,22 @@ namespace flashinfer_lite {
 namespace {
 
 // Splits of the longest sequence, and their length in keys: whole key blocks.
-void choose_splits(AttentionFwdParams& p, int64_t longest, int64_t kv_splits,
-                   bool batch_invariant) {
-  const Tile tile = cpu_forward_tile(p.head_dim, p.head_dim_v);
+void choose_splits(AttentionFwdParams& p, const CpuForwardPlan& plan, int64_t longest,
+                   int64_t kv_splits, bool batch_invariant) {
+  const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
   if (batch_invariant) {
     p.keys_per_split = kBatchInvariantSplit;
-    p.kv_splits = std::max<int64_t>((longest + p.keys_per_split - 1) / p.keys_per_split, 1);
+    p.kv_splits = std::max<int64_t>(ceil_div(longest, p.keys_per_split), 1);
     return;
   }
   if (kv_splits == 0) {
-    const int64_t row_blocks = (p.rows_per_kv_head() + tile.block_m - 1) / tile.block_m;
-    kv_splits = cpu_kv_splits(p.batch_size * p.num_heads_kv * row_blocks,
-                              torch::stable::get_num_threads(), longest);
+    const int64_t tasks = p.batch_size * ceil_div(p.num_heads_kv, plan.heads_per_task) *
+                          ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
+    kv_splits = cpu_kv_splits(tasks, torch::stable::get_num_threads(), longest);
   }
-  const int64_t keys = (longest + kv_splits - 1) / kv_splits;
-  p.keys_per_split = std::max<int64_t>((keys + tile.block_n - 1) / tile.block_n, 1) * tile.block_n;
+  const int64_t block_n = plan.tile.block_n;
+  p.keys_per_split =
+      std::max<int64_t>(ceil_div(ceil_div(longest, kv_splits), block_n), 1) * block_n;
   p.kv_splits = kv_splits;
 }
 
@@ -46,7 +47,8 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   p.lse = lse.data_ptr();
   count_call();
   if (lse.numel() == 0) return;
-  choose_splits(p, longest_sequence(p), kv_splits, batch_invariant);
+  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(args.q.element_size()));
+  choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
   const double work =
       double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv * (p.head_dim + p.head_dim_v);
@@ -130,23 +132,23 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   decode_into(args, kv_splits, batch_invariant, out, lse, p);
 }
 
-// What decode would choose, for explain(): int64 [block_m, block_n, kv_splits].
-Tensor decode_plan(int64_t batch_size, int64_t seqlen_q, int64_t longest, int64_t num_heads_q,
-                   int64_t num_heads_kv, int64_t head_dim, int64_t head_dim_v, int64_t kv_splits,
-                   bool batch_invariant) {
+// What decode would choose for these tensors and a longest sequence of `longest` keys, for
+// explain(): int64 [block_m, block_n, kv_splits].
+Tensor decode_plan(const Tensor& q, const Tensor& k, const Tensor& v, int64_t longest,
+                   int64_t kv_splits, bool batch_invariant) {
   AttentionFwdParams p;
-  p.batch_size = batch_size;
-  p.seqlen_q = seqlen_q;
-  p.num_heads_q = num_heads_q;
-  p.num_heads_kv = std::max<int64_t>(num_heads_kv, 1);
-  p.head_dim = head_dim;
-  p.head_dim_v = head_dim_v;
-  choose_splits(p, longest, kv_splits, batch_invariant);
-  const Tile tile = cpu_forward_tile(head_dim, head_dim_v);
+  Lengths lengths;
+  set_params(p, lengths, {q, k, v, {}, {}, {}, 1.0, 0.0, 0, -1, -1});
+  check(longest >= 0 && kv_splits >= 0, "longest, kv_splits: expected >= 0");
   Tensor out = torch::stable::empty({3}, ScalarType::Long);
   int64_t* values = static_cast<int64_t*>(out.data_ptr());
-  values[0] = std::min(tile.block_m, std::max<int64_t>(p.rows_per_kv_head(), 1));
-  values[1] = tile.block_n;
+  values[0] = values[1] = 0;
+  values[2] = 1;
+  if (p.num_heads_kv == 0) return out;
+  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
+  choose_splits(p, plan, longest, kv_splits, batch_invariant);
+  values[0] = plan.tile.block_m;
+  values[1] = plan.tile.block_n;
   values[2] = p.kv_splits;
   return out;
 }
@@ -194,11 +196,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) 
 }  // namespace
 }  // namespace flashinfer_lite
 
-STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CompositeExplicitAutograd, m) {
-  m.impl("decode_plan", FIL_BOX(flashinfer_lite::decode_plan));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CPU, m) {
+  m.impl("decode_plan", FIL_BOX(flashinfer_lite::decode_plan));
   m.impl("decode", FIL_BOX(flashinfer_lite::decode));
   m.impl("decode.out", FIL_BOX(flashinfer_lite::decode_out));
   m.impl("merge_states", FIL_BOX(flashinfer_lite::merge_states));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/heuristics.h"
 #include "common/visible.h"
 
 namespace flashinfer_lite {
@@ -56,6 +57,11 @@ struct AttentionParams {
   // share their diagonal: row r is query r / group_size of head head_kv * group_size + r %
   // group_size.
   int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
+
+  CpuForwardProblem cpu_problem(int64_t element_size) const {
+    return {rows_per_kv_head(), num_heads_kv, head_dim,
+            head_dim_v,         element_size, k.head < k.seqlen};
+  }
 
   Visibility visibility(int64_t batch_idx) const {
     Visibility v;

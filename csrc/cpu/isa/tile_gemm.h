@@ -126,7 +126,7 @@ struct Upcoming {
 
 // Rows of B per step of the products that read it in place: they stay in the first-level cache for
 // all rows of A.
-constexpr int64_t kRowsInL1 = 16;
+constexpr int64_t kRowsInL1 = 8;
 
 // Columns, in vectors, that a block of `rows` rows keeps in registers when B is read in place:
 // few rows need more columns for as many independent sums as the FMA units have latency.

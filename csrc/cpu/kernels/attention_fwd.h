@@ -3,9 +3,9 @@
 //
 //   out = softmax(scale q k^T + masks) v        lse = log sum exp of the row's scores
 //
-// A task is (split, row block, KV head, batch). Its rows are the queries of all the heads that
-// share the KV head, so each key is read once per group; its keys are the row block's visible
-// range within the split. Keys stream in blocks:
+// A task is (row block, split, batch, KV heads). Its rows are the queries of all the heads that
+// share a KV head, so each key is read once per group; its keys are the row block's visible range
+// within the split. Keys stream in blocks:
 //
 //   S = q k^T -> finish_scores (scale, softcap, mask, range) -> online softmax -> acc_o += P v
 //
@@ -26,32 +26,44 @@ struct ForwardScratch {
   using Acc = Accumulator<Element>;
 
   ForwardScratch(const AttentionParams& p, void* base) : arena(base) {
-    tile = cpu_forward_tile(p.head_dim, p.head_dim_v);
-    tile.block_m = min_of(tile.block_m, p.rows_per_kv_head());
-    pack = p.rows_per_kv_head() >= kCpuPackRows;
+    plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
+    const auto [block_m, block_n] = plan.tile;
     q_row = round_up(p.head_dim, kWidth<Acc>);
-    s_row = round_up(tile.block_n, kPanel<Acc>);
+    s_row = round_up(block_n, kPanel<Acc>);
     o_row = round_up(p.head_dim_v, kPanel<Acc>);
-    q = arena.take<Acc>(tile.block_m * q_row);
-    s = arena.take<Acc>(tile.block_m * s_row);
-    acc_o = arena.take<Acc>(tile.block_m * o_row);
+    const int64_t all_rows = plan.heads_per_task * block_m;
+    q = arena.take<Acc>(all_rows * q_row);
+    acc_o = arena.take<Acc>(all_rows * o_row);
+    row_max = arena.take<Acc>(all_rows);
+    row_sum = arena.take<Acc>(all_rows);
+    rows = arena.take<Row>(all_rows);
+    s = arena.take<Acc>(block_m * s_row);
     bias = arena.take<Acc>(s_row);
-    row_max = arena.take<Acc>(tile.block_m);
-    row_sum = arena.take<Acc>(tile.block_m);
-    rows = arena.take<Row>(tile.block_m);
-    if (pack) {
+    if (plan.pack) {
       k_panels = arena.take<Acc>(p.head_dim * s_row);
-      v_panels = arena.take<Acc>(tile.block_n * o_row);
+      v_panels = arena.take<Acc>(block_n * o_row);
       staging = arena.take<Acc>(kPanel<Acc> * q_row);
     }
   }
 
+  // The same scratch with the row state of the task's KV head number `i`.
+  ForwardScratch head(int64_t i) const {
+    ForwardScratch t = *this;
+    const int64_t first = i * plan.tile.block_m;
+    t.q += first * q_row;
+    t.acc_o += first * o_row;
+    t.row_max += first;
+    t.row_sum += first;
+    t.rows += first;
+    return t;
+  }
+
   Arena arena;
-  Tile tile;
-  bool pack;
-  int64_t q_row, s_row, o_row;  // strides
-  Acc *q, *s, *acc_o, *bias, *row_max, *row_sum;
-  Row* rows;
+  CpuForwardPlan plan;
+  int64_t q_row, s_row, o_row;         // strides
+  Acc *q, *acc_o, *row_max, *row_sum;  // per KV head of the task
+  Row* rows;                           // likewise
+  Acc *s, *bias;
   Acc *k_panels = nullptr, *v_panels = nullptr, *staging = nullptr;
 };
 
@@ -129,20 +141,47 @@ void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, 
   }
 }
 
+// What to fetch while q k^T and P v of a block are computed.
+template <class Element>
+struct Fetch {
+  Upcoming<Element> during_qk, during_pv;
+};
+
+// A head that walks alone alternates: its V during q k^T, its next K during P v. Heads that walk
+// together fetch the next block's keys row by row, all heads at once, each head its share.
+template <class Element>
+FIL_INLINE Fetch<Element> fetch_of(const AttentionParams& p, int64_t batch, int64_t first_head,
+                                   int64_t head, int64_t heads, KeyBlock keys, int64_t next_count) {
+  const int64_t next = keys.first + keys.count;
+  const int64_t k_row = p.k.seqlen, v_row = p.v.seqlen;
+  if (heads == 1) {
+    const Element* v = element_of<Element>(p.v, batch, keys.first, first_head);
+    const Element* k_next = element_of<Element>(p.k, batch, next, first_head);
+    return {{v, v_row, keys.count, p.head_dim_v}, {k_next, k_row, next_count, p.head_dim}};
+  }
+  const int64_t share = (next_count + heads - 1) / heads;
+  const int64_t first = min_of(head * share, next_count);
+  const int64_t count = min_of(share, next_count - first);
+  const Element* k_next = element_of<Element>(p.k, batch, next + first, first_head);
+  const Element* v_next = element_of<Element>(p.v, batch, next + first, first_head);
+  return {{k_next, k_row, count, (heads - 1) * p.k.head + p.head_dim},
+          {v_next, v_row, count, (heads - 1) * p.v.head + p.head_dim_v}};
+}
+
 template <class Element, class Acc = Accumulator<Element>>
 void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyBlock keys,
-                  int64_t next_count, int64_t rows, const ForwardScratch<Element>& t) {
+                  const Fetch<Element>& fetch, int64_t rows, const ForwardScratch<Element>& t) {
   const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
   const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
   const int64_t padded = round_up(keys.count, kWidth<Acc>);
 
-  if (t.pack) {
+  if (t.plan.pack) {
     pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
     tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
               t.s_row, false);
   } else {
     tile_dot(rows, keys.count, p.head_dim, t.q, t.q_row, k, p.k.seqlen, t.s, t.s_row,
-             {v, p.v.seqlen, keys.count, p.head_dim_v});
+             fetch.during_qk);
   }
 
   bool hides = false;
@@ -155,15 +194,15 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
   }
 
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
-    const int64_t step = t.pack ? keys.count : kRowsInL1;
+    const int64_t step = t.plan.pack ? keys.count : kRowsInL1;
     accumulate_visible(p, batch, keys, step, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
-  } else if (t.pack) {
+  } else if (t.plan.pack) {
     pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
     tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
               t.acc_o, t.o_row, true);
   } else {
     tile_gemm_direct(rows, p.head_dim_v, keys.count, t.s, t.s_row, v, p.v.seqlen, t.acc_o, t.o_row,
-                     {k + keys.count * p.k.seqlen, p.k.seqlen, next_count, p.head_dim});
+                     fetch.during_pv);
   }
 }
 
@@ -179,35 +218,10 @@ FIL_INLINE void store_row(const Acc* acc_o, Acc row_max, Acc row_sum, int64_t he
   *lse = empty ? Acc(-__builtin_inf()) : (row_max + Acc(__builtin_log2(row_sum))) * Acc(kLn2);
 }
 
-template <class Element>
-int64_t attention_fwd_tasks(const AttentionFwdParams& p) {
-  const int64_t block_m = cpu_forward_tile(p.head_dim, p.head_dim_v).block_m;
-  const int64_t m_blocks = (p.rows_per_kv_head() + block_m - 1) / block_m;
-  return p.kv_splits * m_blocks * p.num_heads_kv * p.batch_size;
-}
-
-template <class Element>
-int64_t attention_fwd_scratch(const AttentionFwdParams& p) {
-  return ForwardScratch<Element>(p, nullptr).arena.used();
-}
-
-template <class Element>
-void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
-  using Acc = Accumulator<Element>;
-  const ForwardScratch<Element> t(p, scratch);
-  const int64_t total_rows = p.rows_per_kv_head();
-  const int64_t m_blocks = (total_rows + t.tile.block_m - 1) / t.tile.block_m;
-
-  // The last row blocks see the most keys when causal: they go first.
-  const int64_t head_kv = task % p.num_heads_kv;
-  const int64_t batch = task / p.num_heads_kv % p.batch_size;
-  const int64_t split = task / p.num_heads_kv / p.batch_size % p.kv_splits;
-  const int64_t m_block = m_blocks - 1 - task / p.num_heads_kv / p.batch_size / p.kv_splits;
-  const int64_t first_row = m_block * t.tile.block_m;
-  const int64_t rows = min_of(t.tile.block_m, total_rows - first_row);
-
-  const Visibility visibility = p.visibility(batch);
-  describe_rows(p, visibility, head_kv, first_row, rows, t.rows);
+// The row state of one KV head before the first key.
+template <class Element, class Acc = Accumulator<Element>>
+void start_rows(const AttentionParams& p, int64_t batch, int64_t rows,
+                const ForwardScratch<Element>& t) {
   for (int64_t r = 0; r < rows; ++r) {
     const Element* q = element_of<Element>(p.q, batch, t.rows[r].query, t.rows[r].head);
     for (int64_t c = 0; c < t.q_row; ++c) {
@@ -217,22 +231,12 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     t.row_sum[r] = 0;
     for (int64_t c = 0; c < t.o_row; ++c) t.acc_o[r * t.o_row + c] = 0;
   }
+}
 
-  KeyRange keys = visibility.rows(t.rows[0].query, t.rows[rows - 1].query);
-  if (p.kv_splits > 1) {
-    const int64_t split_begin = visibility.kv_begin + split * p.keys_per_split;
-    keys.begin = max_of(keys.begin, split_begin);
-    keys.end = min_of(keys.end, split_begin + p.keys_per_split);
-  }
-  if (!keys.empty()) {
-    const int64_t skipped = (keys.begin - visibility.kv_begin) / t.tile.block_n * t.tile.block_n;
-    for (int64_t key = visibility.kv_begin + skipped; key < keys.end; key += t.tile.block_n) {
-      const int64_t count = min_of(t.tile.block_n, keys.end - key);
-      const int64_t next_count = min_of(t.tile.block_n, keys.end - key - count);
-      attend_block<Element>(p, batch, head_kv, {key, count}, next_count, rows, t);
-    }
-  }
-
+// out and lse of one KV head's rows: the final ones, or this split's partial ones.
+template <class Element, class Acc = Accumulator<Element>>
+void finish_rows(const AttentionFwdParams& p, int64_t batch, int64_t split, int64_t rows,
+                 const ForwardScratch<Element>& t) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto [query, head, visible] = t.rows[r];
     const Acc* acc_o = t.acc_o + r * t.o_row;
@@ -240,15 +244,67 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     if (p.kv_splits == 1) {
       store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
                 element_of<Element>(p.out, batch, query, head), static_cast<Acc*>(p.lse) + lse_at);
-    } else {
-      const int64_t row_at =
-          ((split * p.batch_size + batch) * p.seqlen_q + query) * p.num_heads_q + head;
-      const int64_t lse_size = p.batch_size * p.num_heads_q * p.seqlen_q;
-      store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
-                static_cast<Acc*>(p.out_partial) + row_at * p.head_dim_v,
-                static_cast<Acc*>(p.lse_partial) + split * lse_size + lse_at);
+      continue;
+    }
+    const int64_t row_at =
+        ((split * p.batch_size + batch) * p.seqlen_q + query) * p.num_heads_q + head;
+    const int64_t lse_size = p.batch_size * p.num_heads_q * p.seqlen_q;
+    store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
+              static_cast<Acc*>(p.out_partial) + row_at * p.head_dim_v,
+              static_cast<Acc*>(p.lse_partial) + split * lse_size + lse_at);
+  }
+}
+
+template <class Element>
+int64_t attention_fwd_tasks(const AttentionFwdParams& p) {
+  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
+  return p.kv_splits * p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m) *
+         ceil_div(p.num_heads_kv, plan.heads_per_task);
+}
+
+template <class Element>
+int64_t attention_fwd_scratch(const AttentionFwdParams& p) {
+  return ForwardScratch<Element>(p, nullptr).arena.used();
+}
+
+template <class Element>
+void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
+  const ForwardScratch<Element> t(p, scratch);
+  const auto [block_m, block_n] = t.plan.tile;
+  const int64_t m_blocks = ceil_div(p.rows_per_kv_head(), block_m);
+  const int64_t head_groups = ceil_div(p.num_heads_kv, t.plan.heads_per_task);
+
+  // The last row blocks see the most keys when causal: they go first.
+  const int64_t first_head = task % head_groups * t.plan.heads_per_task;
+  const int64_t batch = task / head_groups % p.batch_size;
+  const int64_t split = task / head_groups / p.batch_size % p.kv_splits;
+  const int64_t m_block = m_blocks - 1 - task / head_groups / p.batch_size / p.kv_splits;
+  const int64_t first_row = m_block * block_m;
+  const int64_t rows = min_of(block_m, p.rows_per_kv_head() - first_row);
+  const int64_t heads = min_of(t.plan.heads_per_task, p.num_heads_kv - first_head);
+
+  const Visibility visibility = p.visibility(batch);
+  for (int64_t h = 0; h < heads; ++h) {
+    describe_rows(p, visibility, first_head + h, first_row, rows, t.head(h).rows);
+    start_rows<Element>(p, batch, rows, t.head(h));
+  }
+
+  KeyRange range = visibility.rows(t.rows[0].query, t.rows[rows - 1].query);
+  if (p.kv_splits > 1) {
+    const int64_t split_begin = visibility.kv_begin + split * p.keys_per_split;
+    range.begin = max_of(range.begin, split_begin);
+    range.end = min_of(range.end, split_begin + p.keys_per_split);
+  }
+  const int64_t skipped = (range.begin - visibility.kv_begin) / block_n * block_n;
+  for (int64_t key = visibility.kv_begin + skipped; key < range.end; key += block_n) {
+    const KeyBlock keys{key, min_of(block_n, range.end - key)};
+    const int64_t next_count = min_of(block_n, range.end - key - keys.count);
+    for (int64_t h = 0; h < heads; ++h) {
+      const auto fetch = fetch_of<Element>(p, batch, first_head, h, heads, keys, next_count);
+      attend_block<Element>(p, batch, first_head + h, keys, fetch, rows, t.head(h));
     }
   }
+  for (int64_t h = 0; h < heads; ++h) finish_rows<Element>(p, batch, split, rows, t.head(h));
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL
