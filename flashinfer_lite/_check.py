@@ -11,8 +11,13 @@ ELEMENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-def not_landed(**arguments):
+def not_landed(softmax="auto", dropout_p=0.0, **arguments):
     """Refuse arguments that exist in the signature but have no kernel yet."""
+    choice("softmax", softmax, ("auto", "online", "unified"))
+    if softmax == "unified":
+        arguments["softmax"] = softmax
+    if dropout_p != 0:
+        arguments["dropout_p"] = dropout_p
     for name, value in arguments.items():
         if value is not None:
             raise NotImplementedError(f"{name}: not implemented yet, got {_short(value)}")
@@ -137,11 +142,6 @@ def mask(x, q, k):
 def choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-
-
-def softmax_kind(softmax, phi):
-    choice("softmax", softmax, ("auto", "online", "unified"))
-    not_landed(softmax=softmax if softmax == "unified" else None, phi=phi)
 
 
 def under_autocast(*tensors):

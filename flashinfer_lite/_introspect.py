@@ -1,5 +1,6 @@
 """What would run, what ran, and whether this installation is sound."""
 
+import inspect
 import os
 import platform
 import time
@@ -9,7 +10,17 @@ import torch
 
 from flashinfer_lite import _check, _ops, reference
 from flashinfer_lite.attention import attention, prepare
-from flashinfer_lite.decode import decode
+from flashinfer_lite.decode import check_decode, decode
+
+NOT_LANDED = (
+    "softmax",
+    "dropout_p",
+    "alibi_slopes",
+    "sink",
+    "phi",
+    "block_table",
+    "process_group",
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +78,25 @@ def explain(op, *args, **kwargs) -> Explanation:
     name = getattr(op, "__name__", op)
     if name not in ("attention", "decode"):
         raise ValueError(f"op: expected attention or decode, got {op!r}")
-    q, k, v = _check.under_autocast(*_positional(name, args, kwargs))
+    bound = inspect.signature({"attention": attention, "decode": decode}[name]).bind(
+        *args, **kwargs
+    )
+    bound.apply_defaults()
+    given = bound.arguments
+    names = list(given)[:3]
+    q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
-    defaults = {"causal": False, "window": (-1, -1)}
-    prepare(q, k, v, *(kwargs.get(c, defaults.get(c)) for c in common))
-    if _check.impl(kwargs.get("impl", "auto"), q):
+    prepare(q, k, v, *(given[n] for n in common), names)
+    _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
+    splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
+    if name == "decode":
+        check_decode(q, k, v, given["mask"], splits, invariant, given["out"])
+    if _check.impl(given["impl"], q):
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
 
-    force_one = name == "attention"
-    splits = 1 if force_one else kwargs.get("kv_splits", 0)
-    invariant = not force_one and kwargs.get("batch_invariant", False)
-    longest = k.shape[1]
-    if q.shape[0] and (kwargs.get("seqlens_kv") is not None or kwargs.get("kv_start") is not None):
-        end, start = kwargs.get("seqlens_kv"), kwargs.get("kv_start")
+    longest, end, start = k.shape[1], given["seqlens_kv"], given["kv_start"]
+    if q.shape[0] and (end is not None or start is not None):
         visible = (longest if end is None else end) - (0 if start is None else start)
         longest = max(int(visible.max()), 0)
     block_m, block_n, kv_splits = _ops.decode_plan(q, k, v, longest, splits, invariant).tolist()
@@ -96,14 +112,6 @@ def explain(op, *args, **kwargs) -> Explanation:
         rejected["cpu avx512"] = "float64 runs at the avx2 level"
         rejected.pop("cpu avx2")
     return Explanation(f"{name} cpu {isa}", (block_m, block_n), kv_splits, rejected)
-
-
-def _positional(name, args, kwargs):
-    names = ("q", "k", "v") if name == "attention" else ("q", "k_cache", "v_cache")
-    tensors = [*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
-    if len(tensors) != 3:
-        raise TypeError(f"{name}: expected {', '.join(names)}, got {len(tensors)} of them")
-    return tensors
 
 
 def doctor() -> bool:

@@ -73,10 +73,7 @@ def attention(
     """
     q, k, v = _check.under_autocast(q, k, v)
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
-    _check.not_landed(
-        alibi_slopes=alibi_slopes, sink=sink, dropout_p=None if dropout_p == 0 else dropout_p
-    )
-    _check.softmax_kind(softmax, phi)
+    _check.not_landed(softmax, dropout_p, alibi_slopes=alibi_slopes, sink=sink, phi=phi)
     if _check.impl(impl, q):
         out, lse = run_reference(arguments)
     else:

@@ -81,13 +81,29 @@ def decode(
         ("q", "k_cache", "v_cache"),
     )
     _check.not_landed(
+        softmax,
+        dropout_p,
         block_table=block_table,
         process_group=process_group,
         alibi_slopes=alibi_slopes,
         sink=sink,
-        dropout_p=None if dropout_p == 0 else dropout_p,
+        phi=phi,
     )
-    _check.softmax_kind(softmax, phi)
+    check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out)
+    if _check.impl(impl, q):
+        result, lse = run_reference(arguments)
+        result = result if out is None else out.copy_(result)
+    elif out is None:
+        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant)
+    else:
+        result = out
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
+        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse)
+    return (result, lse) if return_lse else result
+
+
+def check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out):
+    """Check what decode takes beyond attention's arguments."""
     if isinstance(kv_splits, bool) or not isinstance(kv_splits, int):
         raise TypeError(f"kv_splits: expected an integer, got {kv_splits!r}")
     if not 0 <= kv_splits <= 4096:
@@ -101,19 +117,11 @@ def decode(
                     f"{name}: decode is for inference and got a tensor that requires grad; "
                     "use attention to train, or torch.no_grad()"
                 )
-    if _check.impl(impl, q):
-        result, lse = run_reference(arguments)
-        result = result if out is None else _checked_out(out, q, v_cache).copy_(result)
-    elif out is None:
-        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant)
-    else:
-        result = _checked_out(out, q, v_cache)
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
-        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse)
-    return (result, lse) if return_lse else result
+    if out is not None:
+        _check_out(out, q, v_cache)
 
 
-def _checked_out(out, q, v_cache):
+def _check_out(out, q, v_cache):
     _check.tensor("out", out)
     wanted = [*q.shape[:3], v_cache.shape[3]]
     if list(out.shape) != wanted:
@@ -126,7 +134,6 @@ def _checked_out(out, q, v_cache):
         raise ValueError(
             f"out: expected the last dimension contiguous (stride 1), got stride {out.stride(3)}"
         )
-    return out
 
 
 def merge_states(outs, lses):

@@ -47,12 +47,15 @@ FIL_INLINE Vector<T> exp2(Vector<T> x) {
   return x < lowest ? Vector<T>{} : power * scale;
 }
 
-// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|).
+// tanh(x) = sign(x) (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2, with e = exp(-2 |x|): written
+// so, the slope keeps its digits where tanh is all but 1.
 template <class T>
-FIL_INLINE Vector<T> tanh(Vector<T> x) {
+FIL_INLINE Vector<T> tanh(Vector<T> x, Vector<T>& slope) {
   const Vector<T> magnitude = x < T{0} ? -x : x;
   const Vector<T> e = exp2<T>(magnitude * T(-2.88539008177792681471985));  // -2 log2(e)
-  const Vector<T> t = (T{1} - e) / (T{1} + e);
+  const Vector<T> inverse = T{1} / (T{1} + e);
+  const Vector<T> t = (T{1} - e) * inverse;
+  slope = T{4} * e * inverse * inverse;
   return x < T{0} ? -t : t;
 }
 

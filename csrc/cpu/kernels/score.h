@@ -98,9 +98,9 @@ FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row
   if (p.softcap > 0) {
     const Acc inner = Acc(p.softmax_scale / p.softcap), outer = Acc(p.softcap * kLog2e);
     for (int64_t c = 0; c < padded; c += width) {
-      const Vector<Acc> t = tanh<Acc>(load(s + c) * inner);
-      store<Acc>(s + c, t * outer);
-      if (softcap_slope) store<Acc>(softcap_slope + c, Acc(1) - t * t);
+      Vector<Acc> slope;
+      store<Acc>(s + c, tanh<Acc>(load(s + c) * inner, slope) * outer);
+      if (softcap_slope) store<Acc>(softcap_slope + c, slope);
     }
   } else {
     const Acc scale_log2 = Acc(p.softmax_scale * kLog2e);
