@@ -30,7 +30,10 @@ def check_forward(op, q, k, v, *, strict=False, **arguments):
     assert out.dtype == q.dtype and out.is_contiguous() and lse.is_contiguous()
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert_lse_close(lse, oracle_lse)
-    assert_close(out, oracle, eager)
+    # Eager may be luckier than one rounding of each float32 score; ours may not be.
+    lucky = q.dtype == torch.float32 and not strict
+    terms = _score_size(q, k, v, arguments) * _largest_finite(oracle) if lucky else None
+    assert_close(out, oracle, eager, terms=terms)
     if strict:
         assert_close_strict(out, oracle, eager)
     elif q.dtype == torch.float32 and _largest_finite(oracle_lse) < _ORDINARY_LOGITS:
