@@ -10,7 +10,7 @@ Environment
     FLASHINFER_LITE_SANITIZE  e.g. address,undefined: built in a directory of its own (`make asan`)
     FLASHINFER_LITE_WERROR    1: warnings are errors, as in CI
     MAX_JOBS                  compiler jobs at a time; default: what cores and free memory allow
-    CXX                       compiler, e.g. "ccache g++" or clang++; default g++
+    CXX                       compiler, e.g. "ccache g++"; default g++
 """
 
 import fcntl

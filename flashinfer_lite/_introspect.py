@@ -95,6 +95,8 @@ def explain(op, *args, **kwargs) -> Explanation:
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
 
+    if q.device.type != "cpu":
+        raise ValueError(f"q: expected a CPU tensor to explain, got one on {q.device}")
     longest, end, start = k.shape[1], given["seqlens_kv"], given["kv_start"]
     if q.shape[0] and (end is not None or start is not None):
         visible = (longest if end is None else end) - (0 if start is None else start)

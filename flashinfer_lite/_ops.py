@@ -183,7 +183,7 @@ def _merge_backward(ctx, dout, dlse):
     empty = lses == -torch.inf
     weight = torch.where(empty, 0.0, (lses - lse).exp())
     rows = weight.transpose(-1, -2).unsqueeze(-1)  # [num_states, batch, seqlen_q, num_heads_q, 1]
-    douts = (rows * dout).to(outs.dtype)
+    douts = torch.where(rows == 0, 0.0, rows * dout).to(outs.dtype)
     towards = ((outs.to(lses.dtype) - out) * dout).sum(-1).transpose(-1, -2)
     dlses = torch.where(empty, 0.0, weight * (dlse + towards))
     return douts, dlses

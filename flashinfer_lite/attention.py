@@ -51,7 +51,8 @@ def attention(
             kv_start <= j < seqlens_kv; bottom-right alignment counts from seqlens_kv.
         deterministic: accepted for symmetry; forward and backward are always bitwise repeatable on
             the CPU.
-        batch_invariant: likewise always so here: a row's bits depend on its own sequence alone.
+        batch_invariant: likewise always so here: a row of out and lse has bits that depend on its
+            own sequence alone.
         impl: "auto", "cpu", or "reference" (the eager oracle). Never falls back.
         return_lse: also return lse.
         alibi_slopes, sink, dropout_p, softmax="unified", phi: not implemented yet, refused.
@@ -65,6 +66,10 @@ def attention(
         TypeError, ValueError: naming the argument, what is expected and what came.
         RuntimeError: for values only the kernel reads (kv_start, seqlens_kv).
         NotImplementedError: for arguments that have not landed.
+
+    Gradients are rebuilt from lse: a row whose every key carries a huge finite bias (-1e5 and
+    beyond, finfo.min) has an lse without room for its sum, and gradients that are off. Hide keys
+    with -inf or with a bool mask.
 
     Example:
         >>> q = torch.randn(1, 5, 4, 64); k = v = torch.randn(1, 9, 2, 64)

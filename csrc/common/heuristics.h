@@ -14,7 +14,7 @@ struct Tile {
 struct CpuForwardPlan {
   Tile tile;
   bool pack;               // copy each tile of K and V into the products' layout, or read in place
-  int64_t heads_per_task;  // KV heads that walk along the keys together
+  int64_t heads_together;  // KV heads that a task may walk along the keys with: speed, never bits
 };
 
 // What the forward's choices depend on: one sequence's shape and the layout of K, nothing else.
@@ -24,7 +24,7 @@ struct CpuForwardProblem {
   int64_t head_dim;
   int64_t head_dim_v;
   int64_t element_size;
-  bool heads_interleaved;  // a key's heads lie side by side, so one head's keys lie far apart
+  bool heads_side_by_side;  // in K and in V: a key's heads are one run, one head's keys lie apart
 };
 
 inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
@@ -34,12 +34,12 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
   // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
   // same bytes.
   CpuForwardPlan plan{{96, std::max(p.head_dim, p.head_dim_v) > 128 ? 64 : 128}, pack, 1};
-  if (!pack && p.heads_interleaved && p.num_heads_kv > 1) {
+  if (!pack && p.heads_side_by_side) {
     // One head at a time would read 256 bytes of every 2 KB, at a third of the memory's speed:
     // heads that fill about 2 KB go together, with 32 keys of theirs and the next 32 in L2.
     const int64_t heads = 2048 / (p.head_dim * p.element_size);
-    plan.heads_per_task = std::clamp<int64_t>(heads, 1, p.num_heads_kv);
-    if (plan.heads_per_task > 1) plan.tile.block_n = 32;
+    plan.heads_together = std::clamp<int64_t>(heads, 1, p.num_heads_kv);
+    if (plan.heads_together > 1) plan.tile.block_n = 32;
   }
   plan.tile.block_m = std::clamp<int64_t>(p.rows, 1, plan.tile.block_m);
   return plan;
@@ -50,6 +50,12 @@ inline Tile cpu_backward_tile() { return {64, 64}; }
 
 // Keys per split in batch-invariant mode: fixed, so that a sequence's own length decides.
 constexpr int64_t kBatchInvariantSplit = 1024;
+
+// KV heads per task: as many as may walk together, as long as every thread has a task.
+inline int64_t cpu_heads_per_task(const CpuForwardPlan& plan, int64_t tasks_by_head,
+                                  int64_t threads) {
+  return std::clamp<int64_t>(tasks_by_head / threads, 1, plan.heads_together);
+}
 
 // Splits for `tasks` independent (batch, KV head, row block) tasks on `threads` threads: enough for
 // every thread to have work, never so many that a split has fewer than 256 keys, where merging

@@ -33,7 +33,12 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   set_strided(p.out, out);
   p.lse = lse.data_ptr();
   count_call();
-  if (lse.numel() > 0) run_tasks(kernels.attention_fwd, p, forward_work(p));
+  if (lse.numel() == 0) return {out, lse};
+  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
+  const int64_t row_blocks = (p.rows_per_kv_head() + plan.tile.block_m - 1) / plan.tile.block_m;
+  p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
+                                        torch::stable::get_num_threads());
+  run_tasks(kernels.attention_fwd, p, forward_work(p));
   return {out, lse};
 }
 
@@ -62,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     check_cpu(name, x);
     check_dtype(name, x, accumulator);
     check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
-    check(x.is_contiguous(), name, ": expected a contiguous tensor");
+    check(x.is_contiguous(), name, ": expected a contiguous tensor, got other strides");
   };
   check_lse("lse", lse);
   if (dlse) check_lse("dlse", *dlse);
@@ -105,7 +110,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     p.dmask_row = stride(2);
     p.dmask_col = stride(3);
     // Tasks that share a gradient element may not run side by side.
-    if (p.dmask_batch == 0 || p.dmask_head == 0 || p.dmask_col == 0) work = 0;
+    if ((p.dmask_batch == 0 && p.batch_size > 1) || (p.dmask_head == 0 && p.num_heads_kv > 1) ||
+        p.dmask_col == 0) {
+      work = 0;
+    }
   }
   const int64_t independent = p.batch_size * p.num_heads_kv;
   const bool fused = work < kSerialWork || independent >= int64_t{torch::stable::get_num_threads()};

@@ -67,7 +67,7 @@ inline ScalarType accumulator_type(ScalarType element) {
 }
 
 inline void check_cpu(const char* name, const Tensor& x) {
-  check(x.is_cpu(), name, ": expected a CPU tensor like q, got one on another device");
+  check(x.is_cpu(), name, ": expected a CPU tensor, got one on another device");
 }
 
 inline void check_dtype(const char* name, const Tensor& x, ScalarType wanted) {

@@ -12,15 +12,17 @@ namespace {
 void choose_splits(AttentionFwdParams& p, const CpuForwardPlan& plan, int64_t longest,
                    int64_t kv_splits, bool batch_invariant) {
   const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t by_head =
+      p.batch_size * p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
+  p.heads_per_task = cpu_heads_per_task(plan, by_head, threads);
   if (batch_invariant) {
     p.keys_per_split = kBatchInvariantSplit;
     p.kv_splits = std::max<int64_t>(ceil_div(longest, p.keys_per_split), 1);
     return;
   }
   if (kv_splits == 0) {
-    const int64_t tasks = p.batch_size * ceil_div(p.num_heads_kv, plan.heads_per_task) *
-                          ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
-    kv_splits = cpu_kv_splits(tasks, torch::stable::get_num_threads(), longest);
+    kv_splits = cpu_kv_splits(by_head / p.heads_per_task, threads, longest);
   }
   const int64_t block_n = plan.tile.block_n;
   p.keys_per_split =
@@ -128,7 +130,7 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   check_cpu("lse", lse);
   check_dtype("lse", lse, accumulator_type(q.scalar_type()));
   check_shape("lse", lse, {p.batch_size, p.num_heads_q, p.seqlen_q});
-  check(lse.is_contiguous(), "lse: expected a contiguous tensor");
+  check(lse.is_contiguous(), "lse: expected a contiguous tensor, got other strides");
   decode_into(args, kv_splits, batch_invariant, out, lse, p);
 }
 
@@ -139,7 +141,9 @@ Tensor decode_plan(const Tensor& q, const Tensor& k, const Tensor& v, int64_t lo
   AttentionFwdParams p;
   Lengths lengths;
   set_params(p, lengths, {q, k, v, {}, {}, {}, 1.0, 0.0, 0, -1, -1});
-  check(longest >= 0 && kv_splits >= 0, "longest, kv_splits: expected >= 0");
+  check(longest >= 0, "longest: expected >= 0, got ", longest);
+  check(kv_splits >= 0 && kv_splits <= 4096, "kv_splits: expected 0 (automatic) to 4096, got ",
+        kv_splits);
   Tensor out = torch::stable::empty({3}, ScalarType::Long);
   int64_t* values = static_cast<int64_t*>(out.data_ptr());
   values[0] = values[1] = 0;

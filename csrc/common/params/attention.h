@@ -59,8 +59,8 @@ struct AttentionParams {
   int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
 
   CpuForwardProblem cpu_problem(int64_t element_size) const {
-    return {rows_per_kv_head(), num_heads_kv, head_dim,
-            head_dim_v,         element_size, k.head < k.seqlen};
+    const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;
+    return {rows_per_kv_head(), num_heads_kv, head_dim, head_dim_v, element_size, side_by_side};
   }
 
   Visibility visibility(int64_t batch_idx) const {
@@ -80,6 +80,7 @@ struct AttentionParams {
 struct AttentionFwdParams : AttentionParams {
   Strided<void*> out;
   void* lse = nullptr;
+  int64_t heads_per_task = 1;
   int64_t kv_splits = 1;
   int64_t keys_per_split = 0;   // counted from the first visible slot of each sequence
   void* out_partial = nullptr;  // [kv_splits, batch, seqlen_q, num_heads_q, head_dim_v]

@@ -1,9 +1,9 @@
 // Register-tiled products of one attention tile. A level with a matrix unit replaces this file.
 //
-// Every element of a product sums from zero over the depth in ascending order, one fused
-// multiply-add at a time, whatever tile computes it: a row's bits do not depend on how many rows it
-// is computed with. The sum is then added to C once: over thousands of keys these two levels keep
-// fp32 as exact as eager torch, where one running sum is five times worse.
+// Every element of a product sums from zero over the depth in ascending order, one multiply-add at
+// a time (fused where the level has it), whatever tile computes it: a row's bits do not depend on
+// how many rows it is computed with. The sum is then added to C once: over thousands of keys these
+// two levels keep fp32 as exact as eager torch, where one running sum is five times worse.
 #pragma once
 
 #include "cpu/isa/vector.h"

@@ -67,8 +67,8 @@ FIL_INLINE void fill_zero(Acc* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = 0;
 }
 
-// q, dO, lse and delta of one row block. A row that saw no key keeps nothing of its dO, which may
-// be NaN where its loss divides by the zero output: all its gradients are 0.
+// q, dO, lse and delta of one row block. A row that saw no key keeps nothing of its q and dO, which
+// may be NaN (a loss that divides by the zero output): it gives and gets gradients of 0.
 template <class Element, class Acc = Accumulator<Element>>
 void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows,
                const BackwardScratch<Element>& t) {
@@ -77,13 +77,14 @@ void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows,
     const int64_t at = (batch * p.num_heads_q + head) * p.seqlen_q + query;
     const Acc lse = static_cast<const Acc*>(p.lse)[at];
     Acc* dout = t.dout + r * t.dv_row;
-    widen_row(element_of<Element>(p.q, batch, query, head), p.head_dim, t.d_row, t.q + r * t.d_row);
     if (lse == Acc(-__builtin_inf())) {
+      fill_zero(t.q + r * t.d_row, t.d_row);
       fill_zero(dout, t.dv_row);
       t.lse_log2[r] = Acc(__builtin_inf());
       t.delta[r] = 0;
       continue;
     }
+    widen_row(element_of<Element>(p.q, batch, query, head), p.head_dim, t.d_row, t.q + r * t.d_row);
     widen_row(element_of<Element>(p.dout, batch, query, head), p.head_dim_v, t.dv_row, dout);
     const Element* out = element_of<Element>(p.out, batch, query, head);
     Acc delta = 0;

@@ -25,13 +25,13 @@ template <class Element>
 struct ForwardScratch {
   using Acc = Accumulator<Element>;
 
-  ForwardScratch(const AttentionParams& p, void* base) : arena(base) {
+  ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
     plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
     const auto [block_m, block_n] = plan.tile;
     q_row = round_up(p.head_dim, kWidth<Acc>);
     s_row = round_up(block_n, kPanel<Acc>);
     o_row = round_up(p.head_dim_v, kPanel<Acc>);
-    const int64_t all_rows = plan.heads_per_task * block_m;
+    const int64_t all_rows = p.heads_per_task * block_m;
     q = arena.take<Acc>(all_rows * q_row);
     acc_o = arena.take<Acc>(all_rows * o_row);
     row_max = arena.take<Acc>(all_rows);
@@ -209,7 +209,7 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
 template <class Acc, class Out>
 FIL_INLINE void store_row(const Acc* acc_o, Acc row_max, Acc row_sum, int64_t head_dim_v, Out* out,
                           Acc* lse) {
-  // row_sum is 0 only for a row without keys, and NaN where a visible score was.
+  // row_sum is 0 for a row without keys (or whose every score is -inf), NaN where a score was NaN.
   const bool empty = row_sum == 0;
   const Acc inverse = empty ? Acc(0) : 1 / row_sum;
   for (int64_t c = 0; c < head_dim_v; ++c) {
@@ -259,7 +259,7 @@ template <class Element>
 int64_t attention_fwd_tasks(const AttentionFwdParams& p) {
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
   return p.kv_splits * p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m) *
-         ceil_div(p.num_heads_kv, plan.heads_per_task);
+         ceil_div(p.num_heads_kv, p.heads_per_task);
 }
 
 template <class Element>
@@ -272,16 +272,16 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
   const ForwardScratch<Element> t(p, scratch);
   const auto [block_m, block_n] = t.plan.tile;
   const int64_t m_blocks = ceil_div(p.rows_per_kv_head(), block_m);
-  const int64_t head_groups = ceil_div(p.num_heads_kv, t.plan.heads_per_task);
+  const int64_t head_groups = ceil_div(p.num_heads_kv, p.heads_per_task);
 
   // The last row blocks see the most keys when causal: they go first.
-  const int64_t first_head = task % head_groups * t.plan.heads_per_task;
+  const int64_t first_head = task % head_groups * p.heads_per_task;
   const int64_t batch = task / head_groups % p.batch_size;
   const int64_t split = task / head_groups / p.batch_size % p.kv_splits;
   const int64_t m_block = m_blocks - 1 - task / head_groups / p.batch_size / p.kv_splits;
   const int64_t first_row = m_block * block_m;
   const int64_t rows = min_of(block_m, p.rows_per_kv_head() - first_row);
-  const int64_t heads = min_of(t.plan.heads_per_task, p.num_heads_kv - first_head);
+  const int64_t heads = min_of(p.heads_per_task, p.num_heads_kv - first_head);
 
   const Visibility visibility = p.visibility(batch);
   for (int64_t h = 0; h < heads; ++h) {

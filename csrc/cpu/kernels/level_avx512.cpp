@@ -4,11 +4,13 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 // GCC 12's own AVX-512 header starts its don't-care operands uninitialised and then warns of it.
+#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define FIL_CPU_LEVEL avx512
 #define FIL_VECTOR_BYTES 64
 #include "cpu/isa/avx512.h"
 #include "cpu/kernels/kernels.h"
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
 
