@@ -177,6 +177,24 @@ def test_rows_without_keys(device, isa, dtype):
         assert not gradient.any()
 
 
+@all_dtypes
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two_passes"])
+def test_nan_in_a_query_without_keys(device, isa, dtype, fused, threads):
+    q, k, v = make_qkv(1, 70, 70, 2, 1, 16, dtype=dtype, device=device)
+    visible = torch.ones(70, 70, dtype=torch.bool, device=device)
+    visible[2] = False
+    wanted = gradients_of_sum(q, k, v, visible)
+    q[:, 2] = torch.nan
+    threads(1 if fused else 2)
+    for got, expected in zip(gradients_of_sum(q, k, v, visible), wanted, strict=True):
+        assert_same_bits(got, expected)
+
+
+def gradients_of_sum(q, k, v, mask):
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(attention(*inputs, mask=mask).sum(), inputs)
+
+
 @pytest.mark.parametrize("empty", ["batch_size", "seqlen_q", "seqlen_kv"])
 def test_zero_size_dimensions(device, isa, empty):
     shape = {"batch_size": 2, "seqlen_q": 3, "seqlen_kv": 5, empty: 0}

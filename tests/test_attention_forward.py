@@ -175,6 +175,13 @@ def test_large_logits(device, isa, dtype, logits):
     check_forward(attention, q, k, v, softcap=50.0)
 
 
+@pytest.mark.parametrize("softcap", [1e3, 1e6, 1e30])
+def test_softcap_far_above_the_scores(device, isa, dtype, softcap):
+    # tanh of almost nothing must keep its digits: the cap all but disappears.
+    q, k, v = make_qkv(1, 20, 64, dtype=dtype, device=device)
+    check_forward(attention, q, k, v, softcap=softcap)
+
+
 def test_rising_and_falling_scores(device, isa, dtype):
     # The running maximum grows at every key, or never again: the rescale at its most and least.
     q, k, v = make_qkv(1, 7, 400, 2, 1, 16, dtype=dtype, device=device)

@@ -193,6 +193,26 @@ def test_uses_every_thread_and_stays_right(device, isa, dtype, threads):
     check_forward(decode, q, k, v)
 
 
+@all_dtypes
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_k_and_v_in_different_layouts(device, isa, dtype, which):
+    # Heads walk together only where both caches have them side by side.
+    q, k, v = make_qkv(2, 1, 300, 8, 4, 64, dtype=dtype, device=device)
+    heads_first = {"k": k, "v": v}[which].transpose(1, 2).contiguous().transpose(1, 2)
+    check_forward(decode, q, *((heads_first, v) if which == "k" else (k, heads_first)))
+
+
+@all_dtypes
+def test_heads_walking_together_change_no_bits(device, isa, dtype, threads):
+    # How many walk together follows the number of threads; their bits must not.
+    q, k, v = make_qkv(1, 1, 500, 12, 6, 16, dtype=dtype, device=device)
+    threads(1)
+    alone = attention(q, k, v, causal=True)
+    for count in (2, 3, 6):
+        threads(count)
+        assert_same_bits(attention(q, k, v, causal=True), alone)
+
+
 def test_zero_size_dimensions(device, isa):
     for empty in ("batch_size", "seqlen_q", "seqlen_kv"):
         shape = {"batch_size": 2, "seqlen_q": 1, "seqlen_kv": 5, empty: 0}
