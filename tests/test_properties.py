@@ -44,7 +44,7 @@ def problems(draw, max_seqlen=80, decoding=False):
     arguments = {
         "causal": draw(st.sampled_from([False, True, "bottom_right", "top_left"])),
         "window": (draw(side), draw(side)),
-        "softcap": draw(st.sampled_from([None, None, 3.0, 15.0])),
+        "softcap": draw(st.sampled_from([None, None, 0.5, 15.0])),
         "softmax_scale": draw(st.sampled_from([None, None, 0.0, 0.7])),
     }
     ends = starts = None
