@@ -106,7 +106,7 @@ void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t 
 
 // Rows that the next product will read in place. Decode alternates between K and V, too briefly for
 // the hardware's prefetchers: while one is multiplied, the other is fetched into the second-level
-// cache, a few rows per step.
+// cache, an even share of its rows per step: in one burst they would hold the core up.
 template <class T>
 struct Upcoming {
   const T* data;
@@ -156,9 +156,11 @@ FIL_INLINE void direct_rows(int64_t rows, int64_t cols, int64_t depth, const Acc
 template <class Acc, class T>
 void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
                       const T* b, int64_t b_row, Acc* c, int64_t c_row, Upcoming<T> upcoming) {
-  for (int64_t d = 0; d < depth; d += kRowsInL1) {
+  const int64_t share = ceil_div(upcoming.rows * kRowsInL1, depth);
+  int64_t fetched = 0;
+  for (int64_t d = 0; d < depth; d += kRowsInL1, fetched += share) {
     const int64_t step = min_of(depth - d, kRowsInL1);
-    upcoming.fetch(d, kRowsInL1);
+    upcoming.fetch(fetched, share);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, step,
                              a + row * a_row + d, a_row, b + d * b_row, b_row, c + row * c_row,
@@ -211,9 +213,11 @@ void dot_rows(int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T*
 template <class Acc, class T>
 void tile_dot(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
               int64_t b_row, Acc* s, int64_t s_row, Upcoming<T> upcoming) {
-  for (int64_t col = 0; col < cols; col += kRowsInL1) {
+  const int64_t share = ceil_div(upcoming.rows * kRowsInL1, cols);
+  int64_t fetched = 0;
+  for (int64_t col = 0; col < cols; col += kRowsInL1, fetched += share) {
     const int64_t count = min_of(cols - col, kRowsInL1);
-    upcoming.fetch(col, kRowsInL1);
+    upcoming.fetch(fetched, share);
     for (int64_t row = 0; row < rows;) {
       const int64_t left = rows - row;
       const auto dot = left >= 4   ? dot_rows<4, 2, Acc, T>
