@@ -13,16 +13,23 @@ void choose_splits(AttentionFwdParams& p, const CpuForwardPlan& plan, int64_t lo
                    int64_t kv_splits, bool batch_invariant) {
   const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t by_head =
-      p.batch_size * p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
-  p.heads_per_task = cpu_heads_per_task(plan, by_head, threads);
+  const int64_t row_blocks = p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
+  const int64_t most_splits = batch_invariant ? ceil_div(longest, kBatchInvariantSplit)
+                              : kv_splits > 0 ? kv_splits
+                                              : longest / kMinKeysPerSplit;
+  // Heads that may walk together do, if splits can occupy the threads instead.
+  const int64_t groups = row_blocks * ceil_div(p.num_heads_kv, plan.heads_together);
+  p.heads_per_task = groups * most_splits >= threads
+                         ? plan.heads_together
+                         : cpu_heads_per_task(plan, row_blocks * p.num_heads_kv, threads);
   if (batch_invariant) {
     p.keys_per_split = kBatchInvariantSplit;
-    p.kv_splits = std::max<int64_t>(ceil_div(longest, p.keys_per_split), 1);
+    p.kv_splits = std::max<int64_t>(most_splits, 1);
     return;
   }
   if (kv_splits == 0) {
-    kv_splits = cpu_kv_splits(by_head / p.heads_per_task, threads, longest);
+    const int64_t tasks = row_blocks * ceil_div(p.num_heads_kv, p.heads_per_task);
+    kv_splits = cpu_kv_splits(tasks, threads, longest);
   }
   const int64_t block_n = plan.tile.block_n;
   p.keys_per_split =
