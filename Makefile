@@ -24,7 +24,7 @@ build: venv  ## create .venv, compile what changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PYTHON) scripts/bootstrap.py $(VENV) --editable
 
-test: build  ## build, then the tests (10 minutes); ARGS="-k decode" narrows
+test: build  ## build, then the tests (3 minutes); ARGS="-k decode" narrows
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: build  ## build, then every test, the long grids too

@@ -6,6 +6,8 @@
 
 namespace flashinfer_lite {
 
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
 struct Tile {
   int64_t block_m;  // rows: queries times the heads of a group
   int64_t block_n;  // keys per step
@@ -64,7 +66,7 @@ constexpr int64_t kMinKeysPerSplit = 256;  // below, merging costs more than spl
 // time.
 inline int64_t cpu_kv_splits(int64_t tasks, int64_t threads, int64_t longest) {
   const auto busy = [&](int64_t splits) {
-    const int64_t rounds = (tasks * splits + threads - 1) / threads;
+    const int64_t rounds = ceil_div(tasks * splits, threads);
     return static_cast<double>(tasks * splits) / static_cast<double>(rounds * threads);
   };
   int64_t best = 1;

@@ -92,6 +92,12 @@ inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
           stride[3]};
 }
 
+// Multiply-adds of a forward over all pairs.
+inline double forward_work(const AttentionParams& p) {
+  return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
+         (p.head_dim + p.head_dim_v);
+}
+
 // Fills every field of AttentionParams, or throws.
 inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs& a) {
   const ScalarType type = a.q.scalar_type();

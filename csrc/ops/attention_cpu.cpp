@@ -8,11 +8,6 @@
 namespace flashinfer_lite {
 namespace {
 
-double forward_work(const AttentionParams& p) {
-  return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
-         (p.head_dim + p.head_dim_v);
-}
-
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                          const std::optional<Tensor>& mask,
                                          const std::optional<Tensor>& kv_start,
@@ -35,7 +30,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   count_call();
   if (lse.numel() == 0) return {out, lse};
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
-  const int64_t row_blocks = (p.rows_per_kv_head() + plan.tile.block_m - 1) / plan.tile.block_m;
+  const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
   p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
                                         torch::stable::get_num_threads());
   run_tasks(kernels.attention_fwd, p, forward_work(p));

@@ -11,7 +11,6 @@ namespace {
 // Splits of the longest sequence, and their length in keys: whole key blocks.
 void choose_splits(AttentionFwdParams& p, const CpuForwardPlan& plan, int64_t longest,
                    int64_t kv_splits, bool batch_invariant) {
-  const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t row_blocks = p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
   const int64_t most_splits = batch_invariant ? ceil_div(longest, kBatchInvariantSplit)
@@ -59,10 +58,8 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(args.q.element_size()));
   choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
-  const double work =
-      double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv * (p.head_dim + p.head_dim_v);
   if (p.kv_splits == 1) {
-    run_tasks(kernels.attention_fwd, p, work);
+    run_tasks(kernels.attention_fwd, p, forward_work(p));
     return;
   }
   Tensor out_partial = torch::stable::new_empty(
@@ -71,7 +68,7 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
       args.q, {p.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q}, accumulator);
   p.out_partial = out_partial.data_ptr();
   p.lse_partial = lse_partial.data_ptr();
-  run_tasks(kernels.attention_fwd, p, work);
+  run_tasks(kernels.attention_fwd, p, forward_work(p));
 
   CombineParams c;
   c.num_states = p.kv_splits;

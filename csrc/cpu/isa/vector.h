@@ -44,7 +44,6 @@ template <class T>
 FIL_INLINE T max_of(T a, T b) {
   return a < b ? b : a;
 }
-FIL_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 FIL_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return ceil_div(n, multiple) * multiple;
 }

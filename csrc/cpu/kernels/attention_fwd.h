@@ -296,7 +296,8 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     range.end = min_of(range.end, split_begin + p.keys_per_split);
   }
   const int64_t skipped = (range.begin - visibility.kv_begin) / block_n * block_n;
-  for (int64_t key = visibility.kv_begin + skipped; key < range.end; key += block_n) {
+  const int64_t end = range.empty() ? 0 : range.end;  // no block is read for rows without keys
+  for (int64_t key = visibility.kv_begin + skipped; key < end; key += block_n) {
     const KeyBlock keys{key, min_of(block_n, range.end - key)};
     const int64_t next_count = min_of(block_n, range.end - key - keys.count);
     for (int64_t h = 0; h < heads; ++h) {
