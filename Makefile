@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all demo bench lint format asan wheel clean
+.PHONY: help venv build simt test test-all demo bench lint format asan wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,10 +24,13 @@ build: venv  ## create .venv, compile what changed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PYTHON) scripts/bootstrap.py $(VENV) --editable
 
-test: build  ## build, then the tests (3 minutes); ARGS="-k decode" narrows
+simt: venv  ## build the executor, which runs the CUDA kernels on the CPU, for the tests
+	@$(BIN)/python scripts/build_simt.py
+
+test: build simt  ## build, then the tests (3 minutes); ARGS="-k decode" narrows
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: build  ## build, then every test, the long grids too
+test-all: build simt  ## build, then every test, the long grids too
 	$(PYTEST) $(ARGS)
 
 demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours

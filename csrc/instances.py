@@ -1,0 +1,210 @@
+"""The table of compiled CUDA kernels, and the generator of the translation units that hold them.
+
+A row is one instantiation of one kernel. Each row becomes one source file in the build directory,
+with the same text for nvcc and for the executor's g++, so what the tests run on a CPU is what a GPU
+gets. `instances.cpp` lists the rows for the host code that chooses among them.
+
+A dimension of a row is a template argument because it changes registers or the layout of shared
+memory; lengths, strides, windows, splits and scale are run-time values and have no row.
+"""
+
+import fnmatch
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+SIXTEEN_BIT = ("bfloat16", "float16")
+FLOAT32 = ("float32",)
+# Name in the table -> (element type, enumerator of ElementType).
+DTYPES = {
+    "float32": ("float", "ElementType::kFloat32"),
+    "bfloat16": ("BFloat16", "ElementType::kBFloat16"),
+    "float16": ("Float16", "ElementType::kFloat16"),
+}
+TILE_FIELDS = ("head_dim", "block_m", "block_n", "num_warps", "num_stages")
+MAX_ROWS_PER_KERNEL_AND_ARCH = 16
+MAX_ROWS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What is the same for every row of a kernel on one architecture."""
+
+    namespace: str  # of `template <class Cfg> struct Kernel` in the kernel's header
+    fields: tuple[str, ...]  # what a row must say, besides kernel, arch and dtype
+    # Machine instructions that each row must contain; `make sass` looks for them.
+    sixteen_bit_instructions: tuple[str, ...]
+    float32_instructions: tuple[str, ...]
+
+    def instructions(self, dtype):
+        return self.sixteen_bit_instructions if dtype in SIXTEEN_BIT else self.float32_instructions
+
+
+TENSOR_CORE = ("HMMA", "LDSM", "LDGSTS", "MUFU.EX2")
+KERNELS = {
+    ("attention_fwd", 80): Kernel(
+        namespace="attention_fwd",
+        fields=TILE_FIELDS,
+        sixteen_bit_instructions=TENSOR_CORE,
+        float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2"),
+    ),
+    ("decode", 80): Kernel(
+        namespace="decode_kernel",
+        fields=TILE_FIELDS,
+        sixteen_bit_instructions=TENSOR_CORE,
+        float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2"),
+    ),
+    ("combine", 80): Kernel(
+        namespace="combine",
+        fields=("partial",),
+        sixteen_bit_instructions=("LDG", "STG", "MUFU.EX2"),
+        float32_instructions=("LDG", "STG", "MUFU.EX2"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    kernel: str
+    arch: int
+    dtype: str
+    partial: str | None = None  # dtype of the partial results that a combine kernel reads
+    head_dim: int | None = None
+    block_m: int | None = None  # query rows per block
+    block_n: int | None = None  # keys per step
+    num_warps: int | None = None
+    num_stages: int | None = None
+    allow_spill: str | None = None  # why spilled registers are accepted in this row
+
+    @property
+    def name(self):
+        parts = [self.kernel, f"sm{self.arch}", self.dtype]
+        if self.partial is not None:
+            parts.append(f"from_{self.partial}")
+        if self.head_dim is not None:
+            parts.append(f"d{self.head_dim}")
+        if (self.num_stages or 1) > 1:
+            parts.append(f"s{self.num_stages}")
+        return "_".join(parts)
+
+    @property
+    def traits(self):
+        return KERNELS[self.kernel, self.arch]
+
+
+def rows(dtypes, **fields):
+    """One row for each dtype."""
+    return [Row(dtype=dtype, **fields) for dtype in dtypes]
+
+
+attention_fwd_sm80 = partial(rows, kernel="attention_fwd", arch=80, num_stages=1)
+decode_sm80 = partial(rows, kernel="decode", arch=80, block_m=16)
+combine_sm80 = partial(rows, kernel="combine", arch=80)
+
+ROWS = [
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=64, block_m=128, block_n=64, num_warps=4),
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=128, block_m=128, block_n=64, num_warps=4),
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=4),
+    *attention_fwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4),
+    *attention_fwd_sm80(FLOAT32, head_dim=128, block_m=64, block_n=32, num_warps=4),
+    *attention_fwd_sm80(FLOAT32, head_dim=256, block_m=32, block_n=32, num_warps=2),
+    *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),
+    *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=4),
+    *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=2),
+    *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=4),
+    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=4, num_stages=2),
+    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=4, num_stages=3),
+    *decode_sm80(FLOAT32, head_dim=64, block_n=16, num_warps=4, num_stages=2),
+    *decode_sm80(FLOAT32, head_dim=128, block_n=16, num_warps=4, num_stages=2),
+    *decode_sm80(FLOAT32, head_dim=256, block_n=16, num_warps=2, num_stages=2),
+    *combine_sm80(SIXTEEN_BIT, partial="float32"),
+    *combine_sm80(["bfloat16"], partial="bfloat16"),
+    *combine_sm80(["float16"], partial="float16"),
+    *combine_sm80(FLOAT32, partial="float32"),
+]
+
+
+def selected_rows():
+    """The rows to compile: all, or those that FLASHINFER_LITE_ROWS names, e.g. decode_*_d64_s2."""
+    asked = os.environ.get("FLASHINFER_LITE_ROWS")
+    if not asked:
+        return ROWS
+    patterns = asked.split(",")
+    for pattern in patterns:
+        if not fnmatch.filter((row.name for row in ROWS), pattern):
+            raise SystemExit(f"flashinfer_lite: FLASHINFER_LITE_ROWS: no row matches {pattern!r}")
+    return [row for row in ROWS if any(fnmatch.fnmatch(row.name, one) for one in patterns)]
+
+
+def unit_text(row):
+    """The translation unit of a row."""
+    element, enumerator = DTYPES[row.dtype]
+    types = {"Element": element}
+    info = {"name": f'"{row.name}"', "kernel": f'"{row.kernel}"', "arch": row.arch}
+    info["element"] = enumerator
+    if row.partial is not None:
+        types["Partial"], info["partial"] = DTYPES[row.partial]
+    numbers = {field: getattr(row, field) for field in row.traits.fields if field != "partial"}
+    kernel = f"{row.traits.namespace}::Kernel<Cfg>"
+    return "\n".join(
+        [
+            f"// {row.name}: generated by csrc/instances.py",
+            f'#include "cuda/kernels/{row.kernel}/sm{row.arch}.cuh"',
+            '#include "cuda/instance.h"',
+            "",
+            f"namespace flashinfer_lite::cuda::{row.name} {{",
+            "struct Cfg {",
+            *(f"  using {name} = {value};" for name, value in types.items()),
+            *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
+            "};",
+            "extern const Instance instance;",
+            f"constinit const Instance instance = make_instance<{kernel}>({{",
+            *(f"    .{name} = {value}," for name, value in {**info, **numbers}.items()),
+            "});",
+            "}",
+            "",
+        ]
+    )
+
+
+def list_text(chosen):
+    """instances.cpp: what cuda/instance.h declares."""
+    return "\n".join(
+        [
+            "// generated by csrc/instances.py",
+            '#include "cuda/instance.h"',
+            "",
+            "namespace flashinfer_lite::cuda {",
+            *(f"namespace {row.name} {{ extern const Instance instance; }}" for row in chosen),
+            "const Instance* const kInstances[] = {",
+            *(f"    &{row.name}::instance," for row in chosen),
+            "};",
+            f"const int kNumInstances = {len(chosen)};",
+            "}",
+            "",
+        ]
+    )
+
+
+def write_if_changed(path, text):
+    """Leave an unchanged file alone: its time stamp decides what is compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def generate(folder, suffix, chosen):
+    """Write the sources of the chosen rows; -> ({row: path}, path of instances.cpp).
+
+    Files of rows that are no longer in the table are removed.
+    """
+    folder = Path(folder)
+    units = {row: folder / f"{row.name}{suffix}" for row in chosen}
+    listing = folder / "instances.cpp"
+    for row, path in units.items():
+        write_if_changed(path, unit_text(row))
+    write_if_changed(listing, list_text(chosen))
+    for stale in set(folder.glob(f"*{suffix}")) - {*units.values(), listing}:
+        stale.unlink()
+    return units, listing
