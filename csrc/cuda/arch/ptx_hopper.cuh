@@ -1,7 +1,6 @@
 // Hopper's barriers in shared memory and its bulk copies as PTX; see ptx.cuh.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -16,8 +15,6 @@
 #endif
 
 namespace flashinfer_lite::arch {
-
-using TensorMap = CUtensorMap;
 
 // Parallel Synchronization and Communication Instructions: mbarrier.init
 __device__ __forceinline__ void mbarrier_init(uint32_t addr, uint32_t count) {
