@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
 import resource
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_BYTES = 256 << 20  # well past any cache that a read could come from
+DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not tell
+MAX_CALLS, STRETCH_S = 500, 0.02  # overhead: calls in one timed stretch, too short for the clock
 
 
 def cpu_name() -> str:
@@ -43,7 +47,12 @@ def cache_sizes() -> dict[str, int]:
 
 
 def commit() -> str:
-    """Return the checkout's short commit, with ``+dirty`` for changed tracked files, or unknown."""
+    """Return the checkout's short commit, with ``+dirty`` for changed tracked files, or unknown.
+
+    FLASHINFER_LITE_COMMIT says it where the files have been copied without their history.
+    """
+    if "FLASHINFER_LITE_COMMIT" in os.environ:
+        return os.environ["FLASHINFER_LITE_COMMIT"]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -106,21 +115,96 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def describe(threads: int) -> dict:
-    """Return the header of a run: machine, versions, commit, load."""
+def versions() -> dict:
+    """Return what is the same on every device: versions, commit, load."""
     import flashinfer_lite
-    from flashinfer_lite.testing import current_isa
 
     return {
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "isa": current_isa(),
-        "caches": cache_sizes(),
         "torch": torch.__version__,
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "flashinfer_lite": getattr(flashinfer_lite, "__version__", "unknown"),
         "commit": commit(),
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
     }
+
+
+class Cpu:
+    """This machine's processor, with torch's threads."""
+
+    peers = "cpu"
+    default_dtypes = ("float32", "bfloat16")
+    min_rounds = 5
+    default_seconds = 1.5
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+        self.last_level_bytes = max(cache_sizes().values(), default=DEFAULT_CACHE_BYTES)
+
+    def describe(self, threads: int) -> dict:
+        """Return the header of a run."""
+        from flashinfer_lite.testing import current_isa
+
+        return {
+            "cpu": cpu_name(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "threads": threads,
+            "isa": current_isa(),
+            "caches": cache_sizes(),
+            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        } | versions()
+
+    def lines(self, header: dict, limits: dict) -> list[str]:
+        caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in header["caches"].items())
+        rates = ", ".join(
+            f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits.items() if name != "read"
+        )
+        return [
+            f"{header['cpu']}, {header['cpus']} CPUs, {header['threads']} threads; {caches}",
+            f"flashinfer_lite {header['flashinfer_lite']} ({header['isa']}, {header['commit']}), "
+            f"torch {header['torch']} ({header['torch_isa']}), Python {header['python']}",
+            f"measured here: read {limits['read'] / 1e9:.1f} GB/s; matmul {rates}",
+        ]
+
+    def warnings(self, header: dict) -> list[str]:
+        return [w for w in [load_warning(header["threads"])] if w]
+
+    def watch(self) -> Callable[[], str | None]:
+        """Return a function that says, later, whether other work got in the way meanwhile."""
+        start, before = time.perf_counter(), preemptions()
+
+        def warning():
+            seconds, count = time.perf_counter() - start, preemptions() - before
+            if count <= 20 * seconds:
+                return None
+            return f"put off the CPU {count / seconds:.0f} times a second: other work was running"
+
+        return warning
+
+    def limits(self, dtypes: list[str]) -> dict[str, float]:
+        rates = {name: matmul_rate(getattr(torch, name)) for name in dtypes}
+        return rates | {"read": read_bandwidth()}
+
+    def measures(self, runs: list, copies: int, many_calls: bool) -> list[tuple[str, Callable]]:
+        """Return ("wall", function that returns the seconds of one call) for each of ``runs``.
+
+        Args:
+            runs: functions without arguments.
+            copies: unused: the caller's functions take their copies in turn.
+            many_calls: time stretches of calls, for calls too short for the clock.
+        """
+        calls = 1
+        for run in runs:  # threads started, allocator and dispatcher warm
+            run()
+            if many_calls:
+                start = time.perf_counter()
+                run()
+                fit = int(STRETCH_S / (time.perf_counter() - start))
+                calls = max(calls, min(MAX_CALLS, fit))
+
+        def stretch(run):
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) / calls
+
+        return [("wall", functools.partial(stretch, run)) for run in runs]

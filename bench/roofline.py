@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from shapes import Shape
 
 LSE_BYTES = 4  # fp32, also for 16-bit inputs
+# On a GPU the limits are measured by a large matmul and a device copy, which come within a few
+# percent of what the chip can do. More than this above them is not speed but a wrong measurement:
+# work left out, or bytes from a cache that counts as cold.
+PLAUSIBLE_SHARE = 1.15
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,16 @@ class Cost:
     def seconds_at_least(self, flop_rate: float, bandwidth: float) -> float:
         """Return the roofline: the slower of computing and reading, perfectly overlapped."""
         return max(self.flops / flop_rate, self.bytes / bandwidth)
+
+
+def implausible(row: dict) -> str | None:
+    """Return what is wrong with a row that claims more than the machine can do."""
+    if row["op"] == "overhead" or row["roofline"] <= PLAUSIBLE_SHARE:
+        return None
+    return (
+        f"{row['impl']}: {100 * row['roofline']:.0f} % of the roofline, expected at most "
+        f"{100 * PLAUSIBLE_SHARE:.0f} %: {row['seconds'] * 1e6:.4g} us is too fast to be true"
+    )
 
 
 def visible_range(shape: Shape, row: int) -> tuple[int, int]:

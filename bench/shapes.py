@@ -26,6 +26,12 @@ MODELS = {
     "qwen3-0.6b": Heads(16, 8, 128),
     "gpt2": Heads(12, 12, 64),
     "gemma3-270m": Heads(4, 1, 256),
+    "llama2-7b": Heads(32, 32, 128),
+    "qwen3-30b": Heads(32, 4, 128),
+    # Hidden size 2048, as in the papers' own tables.
+    "fa-hd64": Heads(32, 32, 64),
+    "fa-hd128": Heads(16, 16, 128),
+    "fa-hd256": Heads(8, 8, 256),
 }
 
 
@@ -63,6 +69,32 @@ DEFAULTS = {
     "overhead": ("smollm2-135m@16",),
 }
 OPS = tuple(DEFAULTS)
+
+TOKENS = 16384  # batch times seqlen of the papers' tables
+# The same for a GPU, what matters most first: a run may have to stop before the end.
+GPU_DEFAULTS = {
+    "decode": (
+        "llama3-8b@4096x32",  # 537 MB of K and V
+        "llama3-8b@1024",
+        "llama3-8b@4096",
+        "llama3-8b@65536",
+        "llama3-8b@4096x8",
+        "qwen3-30b@1024",
+        "qwen2-7b@16384x8",
+        "llama2-7b@4096x8",
+    ),
+    "attention": tuple(
+        f"fa-hd{head_dim}@{seqlen}x{TOKENS // seqlen}"
+        for seqlen in (4096, 1024, 16384, 2048, 8192)
+        for head_dim in (128, 64, 256)
+    ),
+    "overhead": ("llama3-8b@16",),
+}
+# Compiling FlexAttention takes longer than timing everything else: only for these, by (op, shape).
+COMPILED = {
+    ("attention", "fa-hd128@4096x4"),
+    ("decode", "llama3-8b@4096x32"),
+}
 
 
 def parse(text: str, op: str, causal: bool = True) -> Shape:

@@ -101,11 +101,20 @@ def test_a_wrong_result_gets_no_number(bench, device):
     shape = bench("shapes").parse("gpt2@16", "decode")
     implementations = bench("implementations")
     found = implementations.candidates(shape, "decode", torch.float32)
-    implementations.check(shape, "decode", torch.float32, found)
+    check = bench("oracle").check
+    check(shape, "decode", torch.float32, found)
     right = found["ours"].outputs()[0]
     found["ours"].outputs = lambda: (right * 1.001,)
     with pytest.raises(AssertionError, match="decode gpt2@16 ours out"):
-        implementations.check(shape, "decode", torch.float32, found)
+        check(shape, "decode", torch.float32, found)
+
+
+def test_a_wrong_rival_is_named_and_ours_keeps_its_number(bench, device):
+    shape = bench("shapes").parse("gpt2@16", "decode")
+    found = bench("implementations").candidates(shape, "decode", torch.float32)
+    right = found["sdpa"].outputs()[0]
+    found["sdpa"].outputs = lambda: (right * 1.001,)
+    assert list(bench("oracle").check(shape, "decode", torch.float32, found)) == ["sdpa"]
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_bwd", "decode", "overhead"])
@@ -126,3 +135,46 @@ def test_smoke(bench, device, tmp_path, monkeypatch, capsys, op):
     assert output.with_suffix(".png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "smollm2-135m@24 float32" in printed and "roofline" in printed
+
+
+def test_above_the_roofline_is_refused(bench, device):
+    implausible = bench("roofline").implausible
+    row = {"op": "decode", "impl": "ours", "roofline": 1.1, "seconds": 1e-5}
+    assert implausible(row) is None
+    assert "ours: 130 % of the roofline" in implausible(row | {"roofline": 1.3})
+    assert implausible(row | {"roofline": 1.3, "op": "overhead"}) is None
+
+
+def test_the_gpu_path_on_a_stand_in(bench, device, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "bench.jsonl"
+    arguments = ["--device", "stand-in", "--op", "decode", "attention", "--shapes", "llama3-8b@40"]
+    arguments += ["--dtype", "float32", "--seconds", "0.001", "--output", str(output)]
+    assert bench("bench").main(arguments) == 0
+    header, *rows = map(json.loads, output.read_text().splitlines())
+    assert header["gpu"] == "stand-in" and header["wrong"] == header["left_out"] == []
+    prefill = [(row["impl"], row["causal"]) for row in rows if row["op"] == "attention"]
+    assert {("ours", True), ("ours", False), ("sdpa-flash", True)} <= set(prefill)
+    decode = {row["impl"]: row["mode"] for row in rows if row["op"] == "decode"}
+    assert {"ours", "ours-bhsd", "sdpa-flash", "sdpa-flash-packed"} <= set(decode)
+    assert set(decode.values()) <= {"graph", "events"}
+    assert "sdpa-cudnn: not here: " in capsys.readouterr().out
+    # Limits below what a CPU does: every number is too good to be true, and none is reported.
+    standin = bench("device").StandIn
+    monkeypatch.setattr(standin, "limits", lambda self, names: dict.fromkeys([*names, "read"], 1.0))
+    assert bench("bench").main(arguments) == 1
+    header, *rows = map(json.loads, output.read_text().splitlines())
+    assert not rows and len(header["wrong"]) == 3 and "roofline" in header["wrong"][0]
+
+
+def test_no_shape_is_begun_after_the_time(bench, device, tmp_path, capsys):
+    output = tmp_path / "bench.jsonl"
+    arguments = ["--device", "stand-in", "--within", "-1", "--output", str(output)]
+    assert bench("bench").main(arguments) == 0
+    header, *rows = map(json.loads, output.read_text().splitlines())
+    assert not rows and "attention fa-hd128@4096x4 bfloat16 full" in header["left_out"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_one_line_says_so(bench, device, capsys):
+    assert bench("bench").main(["--device", "cuda"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
