@@ -39,10 +39,10 @@ class Graph:
     def pool(self, name, depth):
         self.lines += [f"pool {name}", f"  depth = {depth}"]
 
-    def build(self, outputs, rule, inputs, **variables):
-        """`variables` are strings in ninja's syntax; -> the first output."""
-        outputs, inputs = (" ".join(map(escaped, paths)) for paths in (outputs, inputs))
-        self.lines.append(f"build {outputs}: {rule} {inputs}")
+    def build(self, target, rule, inputs, beside="", **variables):
+        """`beside` is a second file that the rule writes; `variables` are in ninja's syntax."""
+        outputs = f"{escaped(target)} | {escaped(beside)}" if beside else escaped(target)
+        self.lines.append(f"build {outputs}: {rule} {' '.join(map(escaped, inputs))}")
         self.lines += [f"  {name} = {value}" for name, value in variables.items()]
 
     def compile(self, source, flags):
@@ -50,13 +50,13 @@ class Graph:
         source = ROOT / source
         base = self.folder if source.is_relative_to(self.folder) else ROOT
         target = self.folder / f"{source.relative_to(base)}.o"
-        self.build([target], "cxx", [source], flags=flags)
+        self.build(target, "cxx", [source], flags=flags)
         return target
 
     def link(self, target, objects, flags, libraries=()):
         target = self.folder / target
         libraries = shlex.join(map(str, libraries))
-        self.build([target], "link", objects, flags=flags, libraries=libraries)
+        self.build(target, "link", objects, flags=flags, libraries=libraries)
         return target
 
     def run(self, jobs):

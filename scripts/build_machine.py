@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,12 @@ def sources(*patterns):
     """Paths relative to the root, sorted so that the ninja file is the same on every machine."""
     paths = (path for pattern in patterns for path in ROOT.glob(pattern))
     return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
+def build_folder(sanitize=""):
+    """Where the package's libraries are built; each sanitizer has a folder of its own."""
+    flavour = f"-{sanitize.replace(',', '-')}" if sanitize else ""
+    return ROOT / "build" / f"ninja-{sysconfig.get_platform()}{flavour}"
 
 
 def free_memory():

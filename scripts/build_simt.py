@@ -20,7 +20,7 @@ from build_graph import Graph
 from build_machine import ROOT, fail, max_jobs, sources
 
 sys.path.append(str(ROOT / "csrc"))
-import instances  # noqa: E402
+import instances
 
 BYTES_PER_JOB = 2**30
 CXXFLAGS = "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra"
