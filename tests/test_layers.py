@@ -23,8 +23,8 @@ NATIVE_LAYERS = {
     "cuda/arch": ({"common", "cuda/arch", "simt"}, {"std", "cuda"}),
     "cuda/tile": ({"common", "cuda/arch", "cuda/tile"}, {"std"}),
     "cuda/kernels": ({"common", "cuda/arch", "cuda/tile", "cuda/kernels"}, {"std"}),
-    "simt": ({"common", "simt", "cuda/kernels"}, {"std"}),
-    "ops": ({"common", "cpu/kernels", "cuda/kernels", "ops"}, {"std", "torch"}),
+    "simt": ({"common", "simt", "cuda", "cuda/arch", "cuda/kernels"}, {"std", "Python"}),
+    "ops": ({"common", "cpu/kernels", "cuda/kernels", "ops"}, {"std", "torch", "cuda"}),
 }
 HEADER_FAMILIES = {
     "torch": r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch)/",
