@@ -1,8 +1,9 @@
-// From the tensors of an attention call to checked AttentionParams.
+// From the tensors of an attention call to checked AttentionParams, for both halves of the library.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "common/params/attention.h"
 #include "ops/check.h"
@@ -27,37 +28,12 @@ struct AttentionArgs {
   int64_t window_right;
 };
 
-// Owns the lengths that params point to.
-struct Lengths {
-  std::vector<int64_t> kv_start, seqlens_kv;
-};
-
 template <class Pointer>
 void set_strided(Strided<Pointer>& view, const Tensor& x) {
   view.data = x.data_ptr();
   view.batch = x.stride(0);
   view.seqlen = x.stride(1);
   view.head = x.stride(2);
-}
-
-inline bool is_element_type(ScalarType type) {
-  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
-inline std::vector<int64_t> read_lengths(const char* name, const Tensor& x, int64_t batch_size) {
-  check_cpu(name, x);
-  check_shape(name, x, {batch_size});
-  const ScalarType type = x.scalar_type();
-  check(type == ScalarType::Int || type == ScalarType::Long, name,
-        ": expected dtype int32 or int64, got ", dtype_text(type));
-  std::vector<int64_t> values(batch_size);
-  for (int64_t b = 0; b < batch_size; ++b) {
-    const int64_t at = b * x.stride(0);
-    values[b] = type == ScalarType::Int ? static_cast<const int32_t*>(x.data_ptr())[at]
-                                        : static_cast<const int64_t*>(x.data_ptr())[at];
-  }
-  return values;
 }
 
 inline MaskType mask_type(ScalarType type) {
@@ -78,7 +54,6 @@ inline MaskType mask_type(ScalarType type) {
 }
 
 inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
-  check_cpu("mask", mask);
   const int64_t full[4] = {p.batch_size, p.num_heads_q, p.seqlen_q, p.seqlen_kv};
   int64_t stride[4];
   bool fits = mask.dim() == 4;
@@ -92,20 +67,14 @@ inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
           stride[3]};
 }
 
-// Multiply-adds of a forward over all pairs.
-inline double forward_work(const AttentionParams& p) {
-  return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
-         (p.head_dim + p.head_dim_v);
-}
-
-// Fills every field of AttentionParams, or throws.
-inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs& a) {
+// Checks q, k and v and fills sizes and views.
+inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   const ScalarType type = a.q.scalar_type();
-  check(is_element_type(type), "q: expected dtype float64, float32, bfloat16 or float16, got ",
-        dtype_text(type));
+  check_backend("q", a.q, backend);
+  check_element_type("q", type, backend);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"q", a.q}, {"k", a.k}, {"v", a.v}}) {
-    check_cpu(name, x);
+    check_device(name, x, "q", a.q);
     check(x.dim() == 4, name, ": expected 4 dimensions [batch, seqlen, num_heads, head_dim], got ",
           shape_text(x));
     check_dtype(name, x, type);
@@ -132,8 +101,14 @@ inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs
   set_strided(p.q, a.q);
   set_strided(p.k, a.k);
   set_strided(p.v, a.v);
-  if (a.mask) p.mask = mask_view(*a.mask, p);
+}
 
+// Checks and fills what turns dot products into scores, and who sees whom but for the lengths.
+inline void set_scores(AttentionParams& p, const AttentionArgs& a) {
+  if (a.mask) {
+    check_device("mask", *a.mask, "q", a.q);
+    p.mask = mask_view(*a.mask, p);
+  }
   check(std::isfinite(a.softmax_scale), "softmax_scale: expected a finite number, got ",
         a.softmax_scale);
   check(std::isfinite(a.softcap) && a.softcap >= 0,
@@ -151,17 +126,55 @@ inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs
   const int64_t widest = p.seqlen_q + p.seqlen_kv;
   p.window_left = std::min(a.window_left, widest);
   p.window_right = causal == Causal::kNone ? std::min(a.window_right, widest) : 0;
+}
 
-  if (a.kv_start) {
-    lengths.kv_start = read_lengths("kv_start", *a.kv_start, p.batch_size);
+// What shows on a tensor of lengths without reading it.
+inline void check_lengths(const char* name, const Tensor& x, const AttentionArgs& a) {
+  check_device(name, x, "q", a.q);
+  check_shape(name, x, {a.q.size(0)});
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Int || type == ScalarType::Long, name,
+        ": expected dtype int32 or int64, got ", dtype_text(type));
+}
+
+// Fills every field of AttentionParams except kv_start and seqlens_kv, whose tensors it checks as
+// far as that goes without reading them; or throws.
+inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
+  set_tensors(p, a, backend);
+  set_scores(p, a);
+  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a);
+  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a);
+}
+
+// Owns the lengths that params point to.
+struct Lengths {
+  std::vector<int64_t> kv_start, seqlens_kv;
+};
+
+inline std::vector<int64_t> length_values(const Tensor& x, int64_t batch_size) {
+  const bool is_int32 = x.scalar_type() == ScalarType::Int;
+  std::vector<int64_t> values(batch_size);
+  for (int64_t b = 0; b < batch_size; ++b) {
+    const int64_t at = b * x.stride(0);
+    values[b] = is_int32 ? static_cast<const int32_t*>(x.data_ptr())[at]
+                         : static_cast<const int64_t*>(x.data_ptr())[at];
+  }
+  return values;
+}
+
+// Reads the lengths from tensors in host memory that passed check_lengths, and checks their values.
+inline void set_lengths(AttentionParams& p, Lengths& lengths, const std::optional<Tensor>& kv_start,
+                        const std::optional<Tensor>& seqlens_kv) {
+  if (kv_start) {
+    lengths.kv_start = length_values(*kv_start, p.batch_size);
     p.kv_start = lengths.kv_start.data();
   }
-  if (a.seqlens_kv) {
-    lengths.seqlens_kv = read_lengths("seqlens_kv", *a.seqlens_kv, p.batch_size);
+  if (seqlens_kv) {
+    lengths.seqlens_kv = length_values(*seqlens_kv, p.batch_size);
     p.seqlens_kv = lengths.seqlens_kv.data();
   }
   // Only given lengths need a look: an expanded batch of 2^40 is not counted through for nothing.
-  const int64_t to_check = a.kv_start || a.seqlens_kv ? p.batch_size : 0;
+  const int64_t to_check = kv_start || seqlens_kv ? p.batch_size : 0;
   for (int64_t b = 0; b < to_check; ++b) {
     const int64_t end = p.seqlens_kv ? p.seqlens_kv[b] : p.seqlen_kv;
     const int64_t start = p.kv_start ? p.kv_start[b] : 0;
@@ -170,6 +183,24 @@ inline void set_params(AttentionParams& p, Lengths& lengths, const AttentionArgs
     check(start >= 0 && start <= end, "kv_start: expected values in [0, seqlens_kv = ", end,
           "], got ", start, " at batch ", b);
   }
+}
+
+struct Outputs {
+  Tensor out;
+  Tensor lse;
+};
+
+inline Outputs new_outputs(const Tensor& q, const AttentionParams& p) {
+  const ScalarType type = q.scalar_type();
+  return {
+      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type),
+      torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q},
+                               accumulator_type(type))};
+}
+
+inline void set_outputs(AttentionFwdParams& p, const Outputs& outputs) {
+  set_strided(p.out, outputs.out);
+  p.lse = outputs.lse.data_ptr();
 }
 
 }  // namespace flashinfer_lite

@@ -14,27 +14,25 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          const std::optional<Tensor>& seqlens_kv,
                                          double softmax_scale, double softcap, int64_t causal,
                                          int64_t window_left, int64_t window_right) {
+  const AttentionArgs args{
+      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
+      softcap, causal, window_left, window_right};
   AttentionFwdParams p;
   Lengths lengths;
-  set_params(p, lengths,
-             {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, window_left,
-              window_right});
-  const ScalarType type = q.scalar_type();
-  const cpu::Kernels& kernels = cpu_kernels(type);
-  Tensor out =
-      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type);
-  Tensor lse = torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q},
-                                        accumulator_type(type));
-  set_strided(p.out, out);
-  p.lse = lse.data_ptr();
+  set_params(p, args, DeviceType::CPU);
+  set_lengths(p, lengths, kv_start, seqlens_kv);
+  const cpu::Kernels& kernels = cpu_kernels(q.scalar_type());
+  Outputs outputs = new_outputs(q, p);
+  set_outputs(p, outputs);
   count_call();
-  if (lse.numel() == 0) return {out, lse};
-  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
-  const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
-  p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
-                                        torch::stable::get_num_threads());
-  run_tasks(kernels.attention_fwd, p, forward_work(p));
-  return {out, lse};
+  if (outputs.lse.numel() > 0) {
+    const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
+    const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
+    p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
+                                          torch::stable::get_num_threads());
+    run_tasks(kernels.attention_fwd, p, forward_work(p));
+  }
+  return {outputs.out, outputs.lse};
 }
 
 // dmask is empty unless wanted; then it has mask's shape and the accumulator's dtype.
@@ -44,22 +42,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
     bool wants_dmask) {
+  const AttentionArgs args{
+      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
+      softcap, causal, window_left, window_right};
   AttentionBwdParams p;
   Lengths lengths;
-  set_params(p, lengths,
-             {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, window_left,
-              window_right});
+  set_params(p, args, DeviceType::CPU);
+  set_lengths(p, lengths, kv_start, seqlens_kv);
   const ScalarType type = q.scalar_type(), accumulator = accumulator_type(type);
   const cpu::Kernels& kernels = cpu_kernels(type);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_cpu(name, x);
+    check_device(name, x, "q", q);
     check_dtype(name, x, type);
     check_shape(name, x, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});
     check_last_stride(name, x);
   }
   const auto check_lse = [&](const char* name, const Tensor& x) {
-    check_cpu(name, x);
+    check_device(name, x, "q", q);
     check_dtype(name, x, accumulator);
     check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
     check(x.is_contiguous(), name, ": expected a contiguous tensor, got other strides");

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 
 namespace flashinfer_lite {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -66,8 +68,38 @@ inline ScalarType accumulator_type(ScalarType element) {
   return element == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_cpu(const char* name, const Tensor& x) {
-  check(x.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+inline std::string device_text(const Tensor& x) {
+  if (x.is_cpu()) return "cpu";
+  if (x.is_cuda()) return "cuda:" + std::to_string(x.get_device_index());
+  return "another device";
+}
+
+// The tensor that decides the device: one of the kind that this half of the library serves.
+inline void check_backend(const char* name, const Tensor& x, DeviceType backend) {
+  const bool is_cpu = backend == DeviceType::CPU;
+  check(is_cpu ? x.is_cpu() : x.is_cuda(), name, ": expected a ", is_cpu ? "CPU" : "CUDA",
+        " tensor, got one on ", device_text(x));
+}
+
+inline void check_device(const char* name, const Tensor& x, const char* like_name,
+                         const Tensor& like) {
+  const bool same =
+      like.is_cpu() ? x.is_cpu() : x.is_cuda() && x.get_device_index() == like.get_device_index();
+  check(same, name, ": expected ", like_name, "'s device ", device_text(like), ", got ",
+        device_text(x));
+}
+
+// The dtypes that this half of the library computes with.
+inline void check_element_type(const char* name, ScalarType type, DeviceType backend) {
+  const bool narrow =
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  if (backend == DeviceType::CPU) {
+    check(narrow || type == ScalarType::Double, name,
+          ": expected dtype float64, float32, bfloat16 or float16, got ", dtype_text(type));
+  } else {
+    check(narrow, name, ": expected dtype float32, bfloat16 or float16 on CUDA, got ",
+          dtype_text(type));
+  }
 }
 
 inline void check_dtype(const char* name, const Tensor& x, ScalarType wanted) {

@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "common/heuristics.h"
-#include "ops/attention.h"
+#include "ops/decode.h"
 #include "ops/runtime_cpu.h"
 
 namespace flashinfer_lite {
@@ -45,16 +45,14 @@ int64_t longest_sequence(const AttentionParams& p) {
   return longest;
 }
 
-void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant, Tensor& out,
-                 Tensor& lse, AttentionFwdParams& p) {
+void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant,
+                 const Outputs& outputs, AttentionFwdParams& p) {
   const ScalarType type = args.q.scalar_type(), accumulator = accumulator_type(type);
   const cpu::Kernels& kernels = cpu_kernels(type);
-  check(kv_splits >= 0 && kv_splits <= 4096, "kv_splits: expected 0 (automatic) to 4096, got ",
-        kv_splits);
-  set_strided(p.out, out);
-  p.lse = lse.data_ptr();
+  check_kv_splits(kv_splits);
+  set_outputs(p, outputs);
   count_call();
-  if (lse.numel() == 0) return;
+  if (outputs.lse.numel() == 0) return;
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(args.q.element_size()));
   choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
@@ -95,18 +93,16 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   const std::optional<Tensor>& seqlens_kv, double softmax_scale,
                                   double softcap, int64_t causal, int64_t window_left,
                                   int64_t window_right, int64_t kv_splits, bool batch_invariant) {
-  AttentionFwdParams p;
-  Lengths lengths;
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
-  set_params(p, lengths, args);
-  Tensor out = torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v},
-                                        q.scalar_type());
-  Tensor lse = torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q},
-                                        accumulator_type(q.scalar_type()));
-  decode_into(args, kv_splits, batch_invariant, out, lse, p);
-  return {out, lse};
+  AttentionFwdParams p;
+  Lengths lengths;
+  set_params(p, args, DeviceType::CPU);
+  set_lengths(p, lengths, kv_start, seqlens_kv);
+  const Outputs outputs = new_outputs(q, p);
+  decode_into(args, kv_splits, batch_invariant, outputs, p);
+  return {outputs.out, outputs.lse};
 }
 
 void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -114,98 +110,44 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
                 bool batch_invariant, Tensor out, Tensor lse) {
-  AttentionFwdParams p;
-  Lengths lengths;
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
-  set_params(p, lengths, args);
-  const int64_t rows[3] = {p.batch_size, p.seqlen_q, p.num_heads_q};
-  check_cpu("out", out);
-  check_dtype("out", out, q.scalar_type());
-  check_shape("out", out, {rows[0], rows[1], rows[2], p.head_dim_v});
-  check_last_stride("out", out);
-  for (int64_t i = 0; i < 3; ++i) {
-    check(rows[i] <= 1 || out.stride(i) != 0,
-          "out: expected its own memory for every element, "
-          "got stride 0 in dimension ",
-          i);
-  }
-  check_cpu("lse", lse);
-  check_dtype("lse", lse, accumulator_type(q.scalar_type()));
-  check_shape("lse", lse, {p.batch_size, p.num_heads_q, p.seqlen_q});
-  check(lse.is_contiguous(), "lse: expected a contiguous tensor, got other strides");
-  decode_into(args, kv_splits, batch_invariant, out, lse, p);
-}
-
-// What decode would choose for these tensors and a longest sequence of `longest` keys, for
-// explain(): int64 [block_m, block_n, kv_splits].
-Tensor decode_plan(const Tensor& q, const Tensor& k, const Tensor& v, int64_t longest,
-                   int64_t kv_splits, bool batch_invariant) {
   AttentionFwdParams p;
   Lengths lengths;
-  set_params(p, lengths, {q, k, v, {}, {}, {}, 1.0, 0.0, 0, -1, -1});
-  check(longest >= 0, "longest: expected >= 0, got ", longest);
-  check(kv_splits >= 0 && kv_splits <= 4096, "kv_splits: expected 0 (automatic) to 4096, got ",
-        kv_splits);
-  Tensor out = torch::stable::empty({3}, ScalarType::Long);
-  int64_t* values = static_cast<int64_t*>(out.data_ptr());
-  values[0] = values[1] = 0;
-  values[2] = 1;
-  if (p.num_heads_kv == 0) return out;
+  set_params(p, args, DeviceType::CPU);
+  set_lengths(p, lengths, kv_start, seqlens_kv);
+  const Outputs outputs{out, lse};
+  check_outputs(outputs, q, p);
+  decode_into(args, kv_splits, batch_invariant, outputs, p);
+}
+
+// What attention_fwd or decode would choose for these tensors and a longest sequence of `longest`
+// keys, for explain(): int64 [block_m, block_n, kv_splits, instance].
+Tensor plan(const Tensor& q, const Tensor& k, const Tensor& v, std::string kernel, int64_t longest,
+            int64_t kv_splits, bool batch_invariant) {
+  AttentionFwdParams p;
+  const bool is_decode = prepare_plan(p, q, k, v, kernel, longest, kv_splits, DeviceType::CPU);
+  if (p.num_heads_kv == 0) return plan_result(0, 0, 1, -1);
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
-  choose_splits(p, plan, longest, kv_splits, batch_invariant);
-  values[0] = plan.tile.block_m;
-  values[1] = plan.tile.block_n;
-  values[2] = p.kv_splits;
-  return out;
+  if (is_decode) choose_splits(p, plan, longest, kv_splits, batch_invariant);
+  return plan_result(plan.tile.block_m, plan.tile.block_n, p.kv_splits, -1);
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) {
-  const ScalarType type = outs.scalar_type();
-  check(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-            type == ScalarType::Half,
-        "outs: expected dtype float64, float32, bfloat16 or float16, got ", dtype_text(type));
-  check_cpu("outs", outs);
-  check_cpu("lses", lses);
-  check(outs.dim() == 5,
-        "outs: expected 5 dimensions [num_states, batch, seqlen_q, num_heads_q, "
-        "head_dim_v], got ",
-        shape_text(outs));
-  check_last_stride("outs", outs);
   CombineParams c;
-  c.num_states = outs.size(0);
-  c.batch_size = outs.size(1);
-  c.seqlen_q = outs.size(2);
-  c.num_heads_q = outs.size(3);
-  c.head_dim_v = outs.size(4);
-  check_dtype("lses", lses, accumulator_type(type));
-  check_shape("lses", lses, {c.num_states, c.batch_size, c.num_heads_q, c.seqlen_q});
-  const cpu::Kernels& kernels = cpu_kernels(type);
-  Tensor out =
-      torch::stable::new_empty(outs, {c.batch_size, c.seqlen_q, c.num_heads_q, c.head_dim_v}, type);
-  Tensor lse = torch::stable::new_empty(outs, {c.batch_size, c.num_heads_q, c.seqlen_q},
-                                        accumulator_type(type));
-  c.partial_in_accumulator = false;
-  c.out_partial = {outs.data_ptr(), outs.stride(1), outs.stride(2), outs.stride(3)};
-  c.out_partial_state = outs.stride(0);
-  c.lse_partial = lses.data_ptr();
-  c.lse_partial_state = lses.stride(0);
-  c.lse_partial_batch = lses.stride(1);
-  c.lse_partial_head = lses.stride(2);
-  c.lse_partial_seqlen = lses.stride(3);
-  set_strided(c.out, out);
-  c.lse = lse.data_ptr();
+  const Outputs outputs = prepare_merge(c, outs, lses, DeviceType::CPU);
+  const cpu::Kernels& kernels = cpu_kernels(outs.scalar_type());
   count_call();
-  if (lse.numel() > 0) run_tasks(kernels.combine, c, double(outs.numel()), 16);
-  return {out, lse};
+  if (outputs.lse.numel() > 0) run_tasks(kernels.combine, c, double(outs.numel()), 16);
+  return {outputs.out, outputs.lse};
 }
 
 }  // namespace
 }  // namespace flashinfer_lite
 
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CPU, m) {
-  m.impl("decode_plan", FIL_BOX(flashinfer_lite::decode_plan));
+  m.impl("plan", FIL_BOX(flashinfer_lite::plan));
   m.impl("decode", FIL_BOX(flashinfer_lite::decode));
   m.impl("decode.out", FIL_BOX(flashinfer_lite::decode_out));
   m.impl("merge_states", FIL_BOX(flashinfer_lite::merge_states));

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "common/params/attention.h"
 #include "cpu/kernels/table.h"
 #include "ops/check.h"
 
@@ -23,6 +24,12 @@ struct FreeDeleter {
 
 // Work below this many multiply-adds is done before another thread has woken up.
 constexpr double kSerialWork = 1e5;
+
+// Multiply-adds of a forward over all pairs.
+inline double forward_work(const AttentionParams& p) {
+  return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
+         (p.head_dim + p.head_dim_v);
+}
 
 // Runs all tasks, `grain` at a time, on as many threads as `work` multiply-adds deserve. Which
 // thread runs a task never changes its result.

@@ -1,0 +1,52 @@
+// attention_fwd on CUDA devices; attention_bwd has no kernel there yet and says so.
+#include <tuple>
+
+#include "ops/runtime_cuda.h"
+
+namespace flashinfer_lite {
+namespace {
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const std::optional<Tensor>& mask,
+                                         const std::optional<Tensor>& kv_start,
+                                         const std::optional<Tensor>& seqlens_kv,
+                                         double softmax_scale, double softcap, int64_t causal,
+                                         int64_t window_left, int64_t window_right) {
+  CudaAttentionParams p;
+  set_cuda_params(p, {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal,
+                      window_left, window_right});
+  Outputs outputs = new_outputs(q, p);
+  set_outputs(p, outputs);
+  count_cuda_call();
+  if (finish_without_keys(outputs, p.seqlen_kv)) return {outputs.out, outputs.lse};
+
+  const CudaContext context(q);
+  const cuda::ElementType element = cuda_element_type(q.scalar_type());
+  const Status status = cuda::run_attention_fwd(p, element, context.device, context.stream);
+  if (status != 0) {
+    fail_launch(
+        status,
+        cuda::choose_attention("attention_fwd", element, p.head_dim, p.head_dim_v, context.device),
+        p.batch_size * p.num_heads_kv * p.num_m_blocks);
+  }
+  return {outputs.out, outputs.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& /*dout*/, const std::optional<Tensor>& /*dlse*/, const Tensor& /*q*/,
+    const Tensor& /*k*/, const Tensor& /*v*/, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const std::optional<Tensor>& /*mask*/, const std::optional<Tensor>& /*kv_start*/,
+    const std::optional<Tensor>& /*seqlens_kv*/, double /*softmax_scale*/, double /*softcap*/,
+    int64_t /*causal*/, int64_t /*window_left*/, int64_t /*window_right*/, bool /*wants_dmask*/) {
+  fail(
+      "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or train on the "
+      "CPU");
+}
+
+}  // namespace
+}  // namespace flashinfer_lite
+
+STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CUDA, m) {
+  m.impl("attention_fwd", FIL_BOX(flashinfer_lite::attention_fwd));
+  m.impl("attention_bwd", FIL_BOX(flashinfer_lite::attention_bwd));
+}

@@ -1,0 +1,112 @@
+// decode (Flash-Decoding) and merge_states on CUDA devices.
+#include <tuple>
+
+#include "ops/decode.h"
+#include "ops/runtime_cuda.h"
+
+namespace flashinfer_lite {
+namespace {
+
+void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant,
+                 Outputs& outputs, CudaAttentionParams& p) {
+  check_kv_splits(kv_splits);
+  set_outputs(p, outputs);
+  count_cuda_call();
+  if (finish_without_keys(outputs, p.seqlen_kv)) return;
+
+  const CudaContext context(args.q);
+  const cuda::ElementType element = cuda_element_type(args.q.scalar_type());
+  const cuda::DecodePlan plan =
+      cuda::plan_decode(p, element, context.device, kv_splits, batch_invariant);
+  std::optional<Tensor> out_partial, lse_partial;
+  if (plan.kv_splits > 1) {
+    out_partial = torch::stable::new_empty(
+        args.q, {plan.kv_splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v},
+        ScalarType::Float);
+    lse_partial = torch::stable::new_empty(
+        args.q, {plan.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q}, ScalarType::Float);
+    p.out_partial = out_partial->data_ptr();
+    p.lse_partial = lse_partial->data_ptr();
+  }
+  const Status status = cuda::run_decode(p, plan, element, context.stream);
+  if (status != 0) {
+    fail_launch(status, *plan.instance,
+                p.batch_size * p.num_heads_kv * p.num_m_blocks * p.kv_splits);
+  }
+  if (plan.kv_splits > 1) {
+    const CombineParams c = cuda::combine_of(p);
+    check_combine(cuda::run_combine(c, element, context.device, context.stream), c);
+  }
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& kv_start,
+                                  const std::optional<Tensor>& seqlens_kv, double softmax_scale,
+                                  double softcap, int64_t causal, int64_t window_left,
+                                  int64_t window_right, int64_t kv_splits, bool batch_invariant) {
+  const AttentionArgs args{q,        k_cache,     v_cache,       mask,
+                           kv_start, seqlens_kv,  softmax_scale, softcap,
+                           causal,   window_left, window_right};
+  CudaAttentionParams p;
+  set_cuda_params(p, args);
+  Outputs outputs = new_outputs(q, p);
+  decode_into(args, kv_splits, batch_invariant, outputs, p);
+  return {outputs.out, outputs.lse};
+}
+
+void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                const std::optional<Tensor>& mask, const std::optional<Tensor>& kv_start,
+                const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
+                int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
+                bool batch_invariant, Tensor out, Tensor lse) {
+  const AttentionArgs args{q,        k_cache,     v_cache,       mask,
+                           kv_start, seqlens_kv,  softmax_scale, softcap,
+                           causal,   window_left, window_right};
+  CudaAttentionParams p;
+  set_cuda_params(p, args);
+  Outputs outputs{out, lse};
+  check_outputs(outputs, q, p);
+  decode_into(args, kv_splits, batch_invariant, outputs, p);
+}
+
+// As on the CPU; `longest` stands in for the length of the cache, the one length decode plans by.
+Tensor plan(const Tensor& q, const Tensor& k, const Tensor& v, std::string kernel, int64_t longest,
+            int64_t kv_splits, bool batch_invariant) {
+  CudaAttentionParams p;
+  const bool is_decode = prepare_plan(p, q, k, v, kernel, longest, kv_splits, DeviceType::CUDA);
+  const cuda::ElementType element = cuda_element_type(q.scalar_type());
+  const CudaContext context(q);
+  cuda::DecodePlan plan;
+  plan.instance =
+      &cuda::choose_attention(kernel, element, p.head_dim, p.head_dim_v, context.device);
+  if (is_decode && longest > 0 && q.numel() > 0) {
+    p.seqlen_kv = longest;
+    plan = cuda::plan_decode(p, element, context.device, kv_splits, batch_invariant);
+  }
+  int64_t index = 0;
+  while (cuda::kInstances[index] != plan.instance) ++index;
+  return plan_result(plan.instance->block_m, plan.instance->block_n, plan.kv_splits, index);
+}
+
+std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) {
+  CombineParams c;
+  Outputs outputs = prepare_merge(c, outs, lses, DeviceType::CUDA);
+  count_cuda_call();
+  if (finish_without_keys(outputs, c.num_states)) return {outputs.out, outputs.lse};
+
+  const CudaContext context(outs);
+  const cuda::ElementType element = cuda_element_type(outs.scalar_type());
+  check_combine(cuda::run_combine(c, element, context.device, context.stream), c);
+  return {outputs.out, outputs.lse};
+}
+
+}  // namespace
+}  // namespace flashinfer_lite
+
+STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CUDA, m) {
+  m.impl("plan", FIL_BOX(flashinfer_lite::plan));
+  m.impl("decode", FIL_BOX(flashinfer_lite::decode));
+  m.impl("decode.out", FIL_BOX(flashinfer_lite::decode_out));
+  m.impl("merge_states", FIL_BOX(flashinfer_lite::merge_states));
+}

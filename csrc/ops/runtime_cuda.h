@@ -1,0 +1,37 @@
+// What every CUDA op needs around its launch: device, stream, lengths, errors, counters.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/dispatch.h"
+#include "ops/attention.h"
+
+namespace flashinfer_lite {
+
+// Makes x's device current while an op launches, and holds what a launch is chosen by and goes to.
+// Throws if the device is too old for every kernel.
+struct CudaContext {
+  explicit CudaContext(const Tensor& x);
+
+  torch::stable::accelerator::DeviceGuard guard;
+  const cuda::Device& device;
+  Stream stream;
+};
+
+cuda::ElementType cuda_element_type(ScalarType type);
+
+// set_params, and the lengths as views that only the device reads. Under FLASHINFER_LITE_CHECK=1
+// their values are copied to the host and checked as on the CPU, which waits for the stream; not
+// while a CUDA graph is being captured, where nothing can wait.
+void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args);
+
+// True if no kernel has to run: there are no rows, or none has a key and the outputs are filled.
+bool finish_without_keys(Outputs& outputs, int64_t num_keys);
+
+[[noreturn]] void fail_launch(Status status, const cuda::Instance& instance, int64_t blocks);
+void check_combine(Status status, const CombineParams& p);
+
+// Counts one call for cuda_stats().
+void count_cuda_call();
+
+}  // namespace flashinfer_lite
