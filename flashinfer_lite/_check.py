@@ -8,6 +8,7 @@ from flashinfer_lite import _ops
 
 CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
 ELEMENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = ELEMENT_DTYPES[1:]
 MAX_HEAD_DIM = 256
 
 
@@ -158,16 +159,40 @@ def under_autocast(*tensors):
 
 def impl(value, q):
     """Whether the reference runs instead of the kernel of q's device."""
-    choice("impl", value, ("auto", "reference", "cpu"))
-    if value == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"impl: 'cpu' expects CPU tensors, got {q.device}")
+    if value == "sm90":
+        raise NotImplementedError("impl: not implemented yet, got 'sm90'; 'sm80' runs there")
+    choice("impl", value, ("auto", "reference", "cpu", "sm80"))
+    for name, device in (("cpu", "cpu"), ("sm80", "cuda")):
+        if value == name and q.device.type != device:
+            raise ValueError(f"impl: {name!r} expects {device.upper()} tensors, got {q.device}")
     if value == "reference":
         return True
+    native("q", q, "; impl='reference' runs there")
+    return False
+
+
+def native(name, x, otherwise=""):
+    """Whether this installation has kernels for x's device and dtype; `otherwise` ends the text."""
     if not _ops.built:
         raise RuntimeError(_ops.NOT_BUILT)
-    if q.device.type == "cuda" and _ops.cuda_status != "loaded":
+    if x.device.type != "cuda":
+        return
+    if _ops.cuda_status != "loaded":
         raise RuntimeError(
-            f"q: expected a CPU tensor, got one on {q.device}: CUDA half: {_ops.cuda_status}; "
-            "impl='reference' runs there"
+            f"{name}: expected a CPU tensor, got one on {x.device}: CUDA half: "
+            f"{_ops.cuda_status}{otherwise}"
         )
-    return False
+    if x.dtype not in CUDA_DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float32, bfloat16 or float16 on CUDA, got {x.dtype}{otherwise}"
+        )
+
+
+def no_cuda_backward(*tensors):
+    """Refuse what could not be differentiated before it is computed."""
+    if tensors[0].device.type == "cuda" and torch.is_grad_enabled():
+        if any(x is not None and x.requires_grad for x in tensors):
+            raise NotImplementedError(
+                "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, "
+                "or train on the CPU"
+            )

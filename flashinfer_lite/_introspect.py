@@ -23,12 +23,16 @@ NOT_LANDED = (
 )
 
 
+KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan calls it
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The choice an op makes for its arguments.
 
     Attributes:
-        kernel: the kernel and, on the CPU, its level, e.g. "attention_fwd cpu avx2".
+        kernel: on the CPU the op and the level, e.g. "decode cpu avx2"; on CUDA the compiled
+            instance, e.g. "decode_sm80_bfloat16_d128_s4".
         tile: (block_m, block_n): rows (queries times the heads of a group) and keys per step.
         kv_splits: into how many parts the keys are split.
         rejected: {kernel: reason} of the others.
@@ -58,7 +62,7 @@ def stats(reset: bool = False) -> Stats:
     """Counters of the native ops; `reset` sets them to 0 after reading."""
     if not _ops.built:
         raise RuntimeError(_ops.NOT_BUILT)
-    return Stats(*_ops.stats(reset).tolist())
+    return Stats(*_ops.stats(reset))
 
 
 def explain(op, *args, **kwargs) -> Explanation:
@@ -95,13 +99,23 @@ def explain(op, *args, **kwargs) -> Explanation:
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
 
-    if q.device.type != "cpu":
-        raise ValueError(f"q: expected a CPU tensor to explain, got one on {q.device}")
+    if name == "attention":
+        _check.no_cuda_backward(q, k, v, given["mask"])
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q: expected a CPU or CUDA tensor to explain, got one on {q.device}")
+    if q.device.type == "cuda":
+        return _explain_cuda(name, q, k, v, splits, invariant)
     longest, end, start = k.shape[1], given["seqlens_kv"], given["kv_start"]
     if q.shape[0] and (end is not None or start is not None):
         visible = (longest if end is None else end) - (0 if start is None else start)
         longest = max(int(visible.max()), 0)
-    block_m, block_n, kv_splits = _ops.decode_plan(q, k, v, longest, splits, invariant).tolist()
+    return _explain_cpu(name, q, k, v, longest, splits, invariant)
+
+
+def _explain_cpu(name, q, k, v, longest, splits, invariant):
+    block_m, block_n, kv_splits, _ = _ops.plan(
+        q, k, v, KERNELS[name], longest, splits, invariant
+    ).tolist()
     isa = _ops.cpu_isa()
     rejected = {"cuda": f"inputs are on {q.device}; {_ops.cuda_status}"}
     for level in ("avx512", "avx2", "baseline"):
@@ -114,6 +128,16 @@ def explain(op, *args, **kwargs) -> Explanation:
         rejected["cpu avx512"] = "float64 runs at the avx2 level"
         rejected.pop("cpu avx2")
     return Explanation(f"{name} cpu {isa}", (block_m, block_n), kv_splits, rejected)
+
+
+def _explain_cuda(name, q, k, v, splits, invariant):
+    # By the capacity of the cache: reading the lengths would wait for the device.
+    block_m, block_n, kv_splits, instance = _ops.plan(
+        q, k, v, KERNELS[name], k.shape[1], splits, invariant
+    ).tolist()
+    rejected = {"cpu": f"inputs are on {q.device}", "sm90": "not built: no kernel for it yet"}
+    kernel = _ops.cuda_instances()[instance]
+    return Explanation(kernel, (block_m, block_n), kv_splits, rejected)
 
 
 def doctor() -> bool:
@@ -136,12 +160,17 @@ def doctor() -> bool:
         f"CPU half        loaded; level {isa}{' (forced)' if forced else ''}, "
         f"present: {', '.join(_ops.cpu_isas())}"
     )
-    return _self_test()
+    sound = _self_test("cpu")
+    for index in range(torch.cuda.device_count() if _ops.cuda_status == "loaded" else 0):
+        print(f"cuda:{index:<10} {torch.cuda.get_device_name(index)}")
+        sound &= _self_test(f"cuda:{index}")
+    return sound
 
 
-def _self_test():
+def _self_test(device):
+    """Compare both ops with the reference on the same inputs, which the CPU makes."""
     sound, started = True, time.monotonic()
-    for dtype in _check.ELEMENT_DTYPES:
+    for dtype in _check.ELEMENT_DTYPES if device == "cpu" else _check.CUDA_DTYPES:
         generator = torch.Generator().manual_seed(0)
         q = torch.randn(2, 20, 6, 64, generator=generator).to(dtype)
         k, v = torch.randn(2, 2, 200, 2, 64, generator=generator).to(dtype).unbind()
@@ -152,7 +181,12 @@ def _self_test():
         error = (eager.double() - exact).abs().max()
         allowed = 16 * rounding if dtype == torch.float64 else 2 * (error + rounding)
         for op in (attention, decode):
-            error = (op(q, k, v, causal=True).double() - exact).abs().max()
+            try:
+                out = op(q.to(device), k.to(device), v.to(device), causal=True).cpu()
+            except RuntimeError as failure:
+                print(f"self-test       {op.__name__:9} {str(failure).splitlines()[0]}: FAILED")
+                return False
+            error = (out.double() - exact).abs().max()
             ok = bool(error <= allowed)
             sound &= ok
             print(

@@ -26,11 +26,15 @@ SCHEMAS = {
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
     "int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
-    "decode_plan": "(Tensor q, Tensor k, Tensor v, int longest, int kv_splits, "
+    "plan": "(Tensor q, Tensor k, Tensor v, str kernel, int longest, int kv_splits, "
     "bool batch_invariant) -> Tensor",
     "cpu_isa": "(str? name=None) -> str",
     "cpu_isas": "() -> str",
     "stats": "(bool reset=False) -> Tensor",
+    # Of the CUDA half, whose absence leaves them without a kernel.
+    "cuda_version_error": "() -> str",
+    "cuda_instances": "() -> str",
+    "cuda_stats": "(bool reset=False) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"flashinfer_lite::{_name}", _schema)
@@ -48,27 +52,40 @@ def _load(stem: str) -> str | None:
     return None
 
 
+_namespace = torch.ops.flashinfer_lite
 _cpu_error = _load("_C_cpu")
 built = _cpu_error is None
 # Registration is wanted for export and fake tensors too, so torch's build decides, not a device.
-cuda_status = "torch without CUDA" if torch.version.cuda is None else _load("_C_cuda") or "loaded"
+_cuda_error = "torch without CUDA" if torch.version.cuda is None else _load("_C_cuda")
+cuda_status = _cuda_error or _namespace.cuda_version_error.default() or "loaded"
 
 if not built:
 
     def _not_built(*args, **kwargs):
         raise RuntimeError(NOT_BUILT if _cpu_error == "not built" else f"_C_cpu {_cpu_error}")
 
-    for _name in SCHEMAS:
+    for _name in (name for name in SCHEMAS if not name.startswith("cuda_")):
         torch.library.impl(f"flashinfer_lite::{_name}", "CompositeExplicitAutograd")(_not_built)
 
-_namespace = torch.ops.flashinfer_lite
 attention_fwd = _namespace.attention_fwd.default
 attention_bwd = _namespace.attention_bwd.default
 decode = _namespace.decode.default
 decode_out = _namespace.decode.out
-decode_plan = _namespace.decode_plan.default
+plan = _namespace.plan.default
 merge_states = _namespace.merge_states.default
-stats = _namespace.stats.default
+
+
+def stats(reset: bool) -> list[int]:
+    """[calls, rows_checked, rows_recomputed], summed over both halves."""
+    counted = _namespace.stats.default(reset)
+    if _cuda_error is None:
+        counted += _namespace.cuda_stats.default(reset)
+    return counted.tolist()
+
+
+def cuda_instances() -> list[str]:
+    """The compiled CUDA kernels, in the order that plan counts them."""
+    return _namespace.cuda_instances.default().split()
 
 
 def cpu_isa() -> str:
@@ -119,6 +136,12 @@ def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *scalars):
 @torch.library.register_fake("flashinfer_lite::decode.out")
 def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
     _one_device(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest[-2:])
+
+
+@torch.library.register_fake("flashinfer_lite::plan")
+def _(q, k, v, *rest):
+    _one_device(q, k, v)
+    return torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("flashinfer_lite::merge_states")

@@ -34,7 +34,8 @@ def attention(
     expanded. Differentiable in q, k, v, an additive mask, and through lse.
 
     Args:
-        q: [batch, seqlen_q, num_heads_q, head_dim], float64, float32, bfloat16 or float16.
+        q: [batch, seqlen_q, num_heads_q, head_dim], float64 (CPU only), float32, bfloat16 or
+            float16.
         k: [batch, seqlen_kv, num_heads_kv, head_dim], num_heads_q a multiple of num_heads_kv:
             query head h reads KV head h // (num_heads_q // num_heads_kv).
         v: [batch, seqlen_kv, num_heads_kv, head_dim_v]. Both head dimensions are multiples of 8 up
@@ -49,11 +50,11 @@ def attention(
             broadcasts to [batch, num_heads_q, seqlen_q, seqlen_kv].
         kv_start, seqlens_kv: int32 or int64 [batch]: the visible slots of each sequence are
             kv_start <= j < seqlens_kv; bottom-right alignment counts from seqlens_kv.
-        deterministic: accepted for symmetry; forward and backward are always bitwise repeatable on
-            the CPU.
+        deterministic: accepted for symmetry; forward and backward are always bitwise repeatable.
         batch_invariant: likewise always so here: a row of out and lse has bits that depend on its
             own sequence alone.
-        impl: "auto", "cpu", or "reference" (the eager oracle). Never falls back.
+        impl: "auto", "cpu", "sm80" (CUDA, compute capability 8.0 or higher), or "reference" (the
+            eager oracle, on any device). Never falls back.
         return_lse: also return lse.
         alibi_slopes, sink, dropout_p, softmax="unified", phi: not implemented yet, refused.
 
@@ -64,8 +65,11 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what is expected and what came.
-        RuntimeError: for values only the kernel reads (kv_start, seqlens_kv).
-        NotImplementedError: for arguments that have not landed.
+        RuntimeError: for values only the kernel reads (kv_start, seqlens_kv). On CUDA they are
+            clamped instead, because a check would wait for the device; the environment variable
+            FLASHINFER_LITE_CHECK=1 asks for it.
+        NotImplementedError: for arguments that have not landed, and for CUDA tensors that require
+            grad: the backward has no CUDA kernel yet.
 
     Gradients are rebuilt from lse: a row whose every key carries a huge finite bias (-1e5 and
     beyond, finfo.min) has an lse without room for its sum, and gradients that are off. Hide keys
@@ -82,6 +86,7 @@ def attention(
     if _check.impl(impl, q):
         out, lse = run_reference(arguments)
     else:
+        _check.no_cuda_backward(*arguments[:4])
         out, lse = _ops.attention_fwd(*arguments)
     return (out, lse) if return_lse else out
 

@@ -35,8 +35,8 @@ def decode(
     """Flash-Decoding: attention of the newest queries over a KV cache, for inference.
 
     The cache is read in place, once per KV head: the heads of a group share the read. Where batch
-    and KV heads leave threads idle, the keys are split and the partial states merged. Dao, Haziza,
-    Massa, Sizov, "Flash-Decoding for long-context inference" (2023).
+    and KV heads leave threads or SMs idle, the keys are split and the partial states merged. Dao,
+    Haziza, Massa, Sizov, "Flash-Decoding for long-context inference" (2023).
 
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], seqlen_q usually 1.
@@ -48,7 +48,7 @@ def decode(
         kv_splits: 0 chooses; 1 or more forces that many.
         out: written in place and returned; [batch, seqlen_q, num_heads_q, head_dim_v] of q's dtype.
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
-            neither on the batch nor on the number of threads. Excludes kv_splits.
+            neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
         block_table, process_group: not implemented yet, refused.
         causal, window, softmax_scale, softcap, mask, impl, return_lse, and the rest: as in
             `attention`. causal matters when seqlen_q > 1.
@@ -146,7 +146,7 @@ def merge_states(outs, lses):
 
     Args:
         outs: [num_states, batch, seqlen_q, num_heads_q, head_dim_v], or a sequence of such states
-            without the first dimension; float64, float32, bfloat16 or float16.
+            without the first dimension; float64 (CPU only), float32, bfloat16 or float16.
         lses: [num_states, batch, num_heads_q, seqlen_q] or a sequence likewise; natural log,
             float32 (float64 with float64 outs).
 
@@ -180,8 +180,7 @@ def merge_states(outs, lses):
         raise ValueError(
             f"outs: expected the last dimension contiguous (stride 1), got stride {outs.stride(-1)}"
         )
-    if not _ops.built:
-        raise RuntimeError(_ops.NOT_BUILT)
+    _check.native("outs", outs)
     return _ops.merge_states(outs, lses)
 
 
