@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?=
 ARGS   ?=
+CUDA   :=
 
 # One thread per worker: two workers use two cores, and sums are split alike on every machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
@@ -11,7 +12,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build simt test test-all demo bench lint format asan wheel clean
+.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass demo bench lint format
+.PHONY: asan wheel clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +22,12 @@ venv:  # create or update .venv; returns at once when its inputs have not change
 	@command -v $(PYTHON) >/dev/null || { echo "flashinfer_lite: $(PYTHON) not found: sudo apt install python3 python3-venv python3-dev"; exit 1; }
 	@$(PYTHON) scripts/bootstrap.py $(VENV)
 
-build: venv  ## create .venv, compile what changed
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+# CUDA=0 and CUDA=1 are FLASHINFER_LITE_CUDA (setup.py); CUDA=pip is 1 with an nvcc that pip installs.
+PIP_NVCC := $(filter pip,$(CUDA))
+CUDA_ENV := $(if $(CUDA),FLASHINFER_LITE_CUDA=$(CUDA:pip=1)) $(if $(PIP_NVCC),CUDA_HOME= CUDA_PATH=)
+build: venv  ## create .venv, compile what changed; CUDA=1: the CUDA half too, CUDA=pip: by pip's nvcc
+	@$(if $(PIP_NVCC),$(PYTHON) scripts/bootstrap.py $(VENV) --also cuda)
+	@$(CUDA_ENV) $(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PYTHON) scripts/bootstrap.py $(VENV) --editable
 
 simt: venv  ## build the executor, which runs the CUDA kernels on the CPU, for the tests
@@ -32,6 +38,19 @@ test: build simt  ## build, then the tests (3 minutes); ARGS="-k decode" narrows
 
 test-all: build simt  ## build, then every test, the long grids too
 	$(PYTEST) $(ARGS)
+
+test-gpu: build simt  ## the tests and the kernels' golden values, on a machine with a GPU
+	$(BIN)/python scripts/test_gpu.py $(ARGS)
+
+mutants: build simt  ## break each barrier, wait and guard of the kernels; the tests must notice
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+ptxas: venv  ## registers, shared memory and spills of each CUDA kernel, from the last CUDA build
+	@$(BIN)/python scripts/kernel_report.py ptxas
+
+sass: venv  ## machine instructions of each CUDA kernel, from the last CUDA build
+	@$(PYTHON) scripts/bootstrap.py $(VENV) --also sass
+	@$(BIN)/python scripts/kernel_report.py sass
 
 demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours
 	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(ARGS)
@@ -59,6 +78,11 @@ asan: venv  ## the hostile calls under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q --capture=sys tests/test_hostile.py $(ARGS)
+
+sanitize: build simt  ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python scripts/test_gpu.py $(ARGS) || exit 1; \
+	done
 
 wheel: venv  ## one wheel for every Python >= 3.10, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

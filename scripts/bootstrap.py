@@ -2,6 +2,7 @@
 
     python3 scripts/bootstrap.py .venv               create or update the environment
     python3 scripts/bootstrap.py .venv --editable    install this checkout into it, once it is built
+    python3 scripts/bootstrap.py .venv --also cuda   add what scripts/requirements-cuda.txt lists
 
 Each step leaves a stamp that holds a hash of what the step read, so a second call returns at once,
 and an edit of requirements.txt, say, runs the step again.
@@ -11,6 +12,7 @@ gets the CUDA build, and any other machine the CPU build, which is ten times sma
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import os
@@ -122,6 +124,10 @@ def install_editable(venv):
     pip_install(venv, "this checkout", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
+def install_list(venv, requirements):
+    pip_install(venv, requirements.name, "--requirement", requirements)
+
+
 def run_once(stamp, step, inputs, venv):
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
@@ -134,9 +140,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("venv", type=Path)
     parser.add_argument("--editable", action="store_true", help="install this checkout instead")
+    parser.add_argument("--also", metavar="NAME", help="install scripts/requirements-NAME.txt")
     arguments = parser.parse_args()
     venv = arguments.venv
-    if arguments.editable:
+    if arguments.also:
+        listed = REQUIREMENTS.with_name(f"requirements-{arguments.also}.txt")
+        step = functools.partial(install_list, requirements=listed)
+        run_once(venv / f".{listed.stem}", step, [listed], venv)
+    elif arguments.editable:
         run_once(venv / ".editable", install_editable, [ROOT / "pyproject.toml"], venv)
     else:
         run_once(venv / ".ready", make_environment, [Path(__file__), REQUIREMENTS], venv)

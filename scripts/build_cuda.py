@@ -45,39 +45,40 @@ def environment_roots():
 
 
 def candidate_roots():
+    """-> (folders where a toolkit may be, the words for them)."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            return [Path(os.environ[variable])]
+            return [Path(os.environ[variable])], f"{variable}={os.environ[variable]}"
     on_path = shutil.which("nvcc")
-    system = sorted(Path("/usr/local").glob("cuda-*"))[::-1]
-    return [
+    roots = [
         *environment_roots(),
         *([Path(on_path).resolve().parents[1]] if on_path else []),
         Path("/usr/local/cuda"),
-        *system,
+        *sorted(Path("/usr/local").glob("cuda-*"))[::-1],
     ]
+    return roots, "this Python's packages, PATH and /usr/local/cuda*"
 
 
 def find_toolkit():
     """-> (Toolkit, "") or (None, what is wrong)."""
-    problem = "no nvcc found (looked at CUDA_HOME, CUDA_PATH, this environment, PATH, /usr/local)"
-    for root in candidate_roots():
-        nvcc = root / "bin" / "nvcc"
+    roots, where = candidate_roots()
+    problem = f"no nvcc in {where}"
+    for nvcc in (root / "bin" / "nvcc" for root in roots):
         if not nvcc.exists():
             continue
+        root = nvcc.parents[1]
         libraries = [root / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
         library = next((x for x in libraries if (x / "libcudart_static.a").exists()), None)
         if library is None:
-            problem = f"{nvcc} has no libcudart_static.a beside it"
+            problem = f"no libcudart_static.a beside {nvcc}"
             continue
         answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         match = re.search(r"release (\d+)\.(\d+)", answer)
         release = (int(match[1]), int(match[2])) if match else (0, 0)
         if release >= MIN_NVCC:
             return Toolkit(root, library, release), ""
-        problem = (
-            f"expected nvcc >= {MIN_NVCC[0]}.{MIN_NVCC[1]}, {nvcc} is {release[0]}.{release[1]}"
-        )
+        wanted, got = (".".join(map(str, version)) for version in (MIN_NVCC, release))
+        problem = f"expected nvcc >= {wanted}, got {got} in {nvcc}"
     return None, problem
 
 

@@ -1,8 +1,12 @@
-"""Building and installing: what a user sees when something is missing, and what is in the wheel."""
+"""Building and installing: what a user sees when something is missing, and what is in the wheel.
+
+What needs no build of the CUDA half is here too: whether, with what and for what it is built.
+"""
 
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+build_cuda = pytest.importorskip("build_cuda", reason="needs the repository, not a package")
 INSTALL_HINT = "install torch>=2.11 first, then: pip install --no-build-isolation ."
-
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "setup.py").exists(), reason="needs the repository, not an installed package"
-)
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -114,7 +117,6 @@ def test_pip_install_into_an_empty_environment(tmp_path, option):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("FLASHINFER_LITE_CUDA", "1", "CUDA half cannot be built: this version has no CUDA"),
         ("FLASHINFER_LITE_CUDA", "yes", "FLASHINFER_LITE_CUDA: expected auto, 0 or 1, got 'yes'"),
         ("MAX_JOBS", "many", "MAX_JOBS: expected a positive integer, got 'many'"),
         ("CXX", "no-such-g++", "no C++ compiler (no-such-g++ not found): sudo apt install g++"),
@@ -126,6 +128,121 @@ def test_build_refuses_in_one_line(tmp_path, variable, value, message):
     assert result.returncode == 1
     assert result.stdout.startswith(f"flashinfer_lite: {message}")
     assert len(result.stdout.splitlines()) == 1
+
+
+def fake_toolkit(folder, release="13.0", library="lib64"):
+    """A folder that looks like a CUDA toolkit: a compiler that says its release, a runtime."""
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    if library:
+        (folder / library).mkdir(parents=True)
+        (folder / library / "libcudart_static.a").touch()
+    return folder
+
+
+def test_cuda_without_nvcc_is_refused_in_one_line(tmp_path):
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path]
+    result = run(*build, FLASHINFER_LITE_CUDA="1", CUDA_HOME=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == (
+        f"flashinfer_lite: CUDA half cannot be built: no nvcc in CUDA_HOME={tmp_path}; "
+        "make build CUDA=pip installs a compiler\n"
+    )
+
+
+@pytest.mark.parametrize("library", ["lib64", "lib", "targets/x86_64-linux/lib"])
+def test_toolkit_is_found_in_each_layout(tmp_path, monkeypatch, library):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path, library=library)))
+    toolkit, problem = build_cuda.find_toolkit()
+    assert (toolkit.nvcc, problem) == (tmp_path / "bin" / "nvcc", "")
+    assert (toolkit.library, toolkit.release) == (tmp_path / library, (13, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"release": "12.4"}, "expected nvcc >= 12.8, got 12.4 in "),
+        ({"library": ""}, "no libcudart_static.a beside "),
+    ],
+)
+def test_toolkit_that_does_not_fit(tmp_path, monkeypatch, options, problem):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path, **options)))
+    assert build_cuda.find_toolkit() == (None, f"{problem}{tmp_path / 'bin' / 'nvcc'}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "torch_has_cuda", "gpu", "built", "wanted"),
+    [
+        ("0", True, True, True, False),
+        ("1", False, False, False, True),
+        ("auto", False, False, False, False),
+        ("auto", True, False, False, True),
+        ("auto", False, True, False, True),
+        ("auto", False, False, True, True),  # asked for once, kept up to date
+        ("", False, False, False, False),
+    ],
+)
+def test_choice_of_the_cuda_half(tmp_path, monkeypatch, mode, torch_has_cuda, gpu, built, wanted):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "toolkit")))
+    monkeypatch.setenv("FLASHINFER_LITE_CUDA", mode)
+    monkeypatch.setattr(build_cuda, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(build_cuda, "ROOT", tmp_path)
+    (tmp_path / "flashinfer_lite").mkdir()
+    if built:
+        (tmp_path / "flashinfer_lite" / "_C_cuda.abi3.so").touch()
+    toolkit, line = build_cuda.choose(torch_has_cuda)
+    assert (toolkit is not None) == wanted
+    says_why = not wanted and mode != "0"
+    assert line == says_why * (
+        "CUDA half not built: this torch has no CUDA and there is no GPU; "
+        "FLASHINFER_LITE_CUDA=1 builds it"
+    )
+
+
+def test_auto_without_nvcc_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FLASHINFER_LITE_CUDA", "auto")
+    toolkit, line = build_cuda.choose(torch_has_cuda=True)
+    assert toolkit is None
+    assert line == (
+        f"CUDA half not built: no nvcc in CUDA_HOME={tmp_path}; make build CUDA=pip installs one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("listed", "sm80", "sm90"),
+    [
+        (None, ["80,sm_80", "90,sm_90", "90,compute_90"], ["90a,sm_90a"]),
+        ("8.6", ["86,sm_86"], []),
+        ("9.0a", ["90,sm_90"], ["90a,sm_90a"]),
+        ("7.5 8.0;8.0+PTX, 12.0", ["80,sm_80", "80,compute_80", "120,sm_120"], []),
+    ],
+)
+def test_architectures(monkeypatch, listed, sm80, sm90):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if listed:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    for row_arch, wanted in ((80, sm80), (90, sm90)):
+        flags = [
+            flag.replace("-gencode=arch=compute_", "") for flag in build_cuda.gencode(row_arch)
+        ]
+        assert [flag.replace("code=", "") for flag in flags] == wanted
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ("Hopper", "TORCH_CUDA_ARCH_LIST: expected e.g. \"8.0;9.0+PTX\", got 'Hopper'"),
+        ("7.5", "TORCH_CUDA_ARCH_LIST: expected one that is 8.0 or later, got '7.5'"),
+    ],
+)
+def test_architectures_that_do_not_fit(monkeypatch, listed, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(SystemExit) as refused:
+        build_cuda.architectures()
+    assert str(refused.value) == f"flashinfer_lite: {message}"
 
 
 def test_bootstrap_names_what_apt_must_install(tmp_path):
@@ -150,9 +267,29 @@ def test_bootstrap_runs_a_step_again_only_when_its_inputs_change(tmp_path):
     assert calls == ["a==1", "a==2"]
 
 
+def undefined_symbols(library):
+    return run(
+        "nm", "--dynamic", "--undefined-only", "--format=just-symbols", library
+    ).stdout.split()
+
+
+def test_cuda_half_leaves_only_torchs_cuda_symbols_undefined():
+    """Its link cannot insist on complete symbols where torch has no CUDA; so this does."""
+    library = ROOT / "flashinfer_lite" / "_C_cuda.abi3.so"
+    if not library.exists():
+        pytest.skip("the CUDA half is not built")
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    assert not [name for name in undefined_symbols(library) if name.startswith(("Py", "_Py"))]
+    unresolved = run("ldd", "-r", library, LD_LIBRARY_PATH=str(torch_libraries)).stdout
+    names = re.findall(r"undefined symbol: (\w+)", unresolved)
+    assert all(re.match("aoti_torch_.*cuda|torch_c10_cuda_|torch_get_cuda_", x) for x in names), (
+        names
+    )
+
+
 def test_wheel_is_abi3_and_imports_no_python_symbol(tmp_path):
     pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
-    result = run(*pip_wheel, "--wheel-dir", tmp_path, ROOT)
+    result = run(*pip_wheel, "--wheel-dir", tmp_path, ROOT, FLASHINFER_LITE_CUDA="0")
     assert result.returncode == 0, result.stdout
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith(f"-cp310-abi3-linux_{platform.machine()}.whl")
@@ -160,8 +297,9 @@ def test_wheel_is_abi3_and_imports_no_python_symbol(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flashinfer_lite"}
-    assert "flashinfer_lite/_C_cpu.abi3.so" in names
+    libraries = [name for name in names if name.endswith(".so")]
+    assert libraries == ["flashinfer_lite/_C_cpu.abi3.so"]  # the CUDA half was not asked for
     library = tmp_path / "flashinfer_lite" / "_C_cpu.abi3.so"
-    symbols = run("nm", "--dynamic", "--undefined-only", library).stdout.split()
+    symbols = undefined_symbols(library)
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     assert not [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
