@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 
 #include "simt/block.h"
 
@@ -39,6 +40,8 @@ bool prepare_atomic(const void* p, uint32_t bytes, Site site) {
 
 void GlobalMemory::add_buffer(void* start, size_t bytes, std::string name, bool writable,
                               bool initialised) {
+  if (bytes == 0) return;
+  check_overlap(start, bytes, name);
   std::unique_ptr<GlobalWord, void (*)(void*)> shadow(nullptr, std::free);
   if (writable) {
     // Zero pages until touched. A buffer may begin and end within a word.
@@ -49,6 +52,14 @@ void GlobalMemory::add_buffer(void* start, size_t bytes, std::string name, bool 
   buffers_.push_back({static_cast<uint8_t*>(start), bytes, std::move(name), writable, initialised,
                       std::move(shadow)});
   by_start_[buffers_.back().start] = &buffers_.back();
+}
+
+void GlobalMemory::check_overlap(const void* start, size_t bytes, const std::string& name) const {
+  const uint8_t* p = static_cast<const uint8_t*>(start);
+  for (const Buffer& buffer : buffers_) {
+    if (p >= buffer.start + buffer.bytes || p + bytes <= buffer.start) continue;
+    throw std::invalid_argument("the buffers " + buffer.name + " and " + name + " overlap");
+  }
 }
 
 const Buffer* GlobalMemory::find(const void* p, size_t bytes) const {

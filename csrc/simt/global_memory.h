@@ -87,6 +87,8 @@ class GlobalMemory {
   SpinLock lock;  // of shadow and publications, when blocks run on two OS threads
 
  private:
+  void check_overlap(const void* start, size_t bytes, const std::string& name) const;
+
   std::deque<Buffer> buffers_;  // stable addresses
   std::map<const uint8_t*, const Buffer*> by_start_;
   uint32_t first_serial_ = 1;

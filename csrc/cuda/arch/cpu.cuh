@@ -117,6 +117,13 @@ FIL_SIMT_INLINE bool predicate(bool p, Site site = Site::here()) {
   return simt::predicate(p, site);
 }
 
+// Means something to nvcc's register allocation only.
+template <class T>
+FIL_SIMT_INLINE T opaque(T value) {
+  static_assert(sizeof(T) == 4, "opaque takes a 32-bit register");
+  return value;
+}
+
 // ---- Asynchronous copies
 
 FIL_SIMT_INLINE void cp_async_16(uint32_t dst, const void* src, int valid_bytes,
