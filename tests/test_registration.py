@@ -1,5 +1,8 @@
 """The contract of every op: schema, fake kernel, autograd, dispatch keys."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,10 +17,24 @@ OPS = {
     "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
     "decode.out": ("Tensor(a!) out, Tensor(b!) lse) -> ()", False),
     "merge_states": ("Tensor outs, Tensor lses", True),
-    "decode_plan": ("", False),
+    "plan": ("Tensor q, Tensor k, Tensor v, str kernel", False),
     "cpu_isa": ("", False),
     "cpu_isas": ("", False),
     "stats": ("", False),
+    "cuda_version_error": ("", False),
+    "cuda_instances": ("", False),
+    "cuda_stats": ("", False),
+}
+NATIVE = Path(__file__).parent.parent / "csrc" / "ops"
+# What the stable ABI boxes a schema's type as. Another C++ type compiles, and reads garbage.
+CPP_TYPES = {
+    "Tensor": "Tensor",
+    "int": "int64_t",
+    "float": "double",
+    "bool": "bool",
+    "str": "std::string",
+    "Optional[Tensor]": "std::optional<Tensor>",
+    "Optional[str]": "std::optional<std::string>",
 }
 SCALARS = (0.25, 0.0, 1, -1, -1)
 LAYOUTS = ["contiguous", "fused", "bhsd", "misaligned", "expand"]
@@ -55,8 +72,36 @@ def test_dispatch_keys(device, name):
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashinfer_lite::{name}", key)
 
     assert has("CPU") and has("Meta")
+    assert has("CUDA") or _ops.cuda_status != "loaded"
     # Autograd costs microseconds a call even under no_grad: inference ops have none.
     assert has("Autograd") == OPS[name][1]
+
+
+def native_signatures():
+    """{(op, dispatch key): (return type, [(type, name) of the parameters])} of csrc/ops/*.cpp."""
+    found = {}
+    for path in NATIVE.glob("*.cpp"):
+        text = re.sub(r"/\*|\*/", "", path.read_text())  # unused parameters: const Tensor& /*out*/
+        key = re.search(r"STABLE_TORCH_LIBRARY_IMPL\(flashinfer_lite, (\w+), m\)", text)[1]
+        for op, function in re.findall(r'm\.impl\("([\w.]+)", FIL_BOX\([\w:]*::(\w+)\)\)', text):
+            head = re.search(rf"^([\w:<>, ]+) {function}\(([^)]*)\) {{", text, re.MULTILINE)
+            declared = re.sub(r"const |&", "", head[2]).split(",") if head[2] else []
+            found[op, key] = (head[1], [tuple(one.split()) for one in declared])
+    return found
+
+
+def test_native_signatures_are_those_of_the_schemas(device):
+    signatures = native_signatures()
+    for (name, key), (returned, parameters) in signatures.items():
+        schema = op_named(name)._schema
+        wanted = [(CPP_TYPES[str(a.type)], a.name) for a in schema.arguments]
+        assert parameters == wanted, (name, key)
+        types = [CPP_TYPES[str(result.type)] for result in schema.returns]
+        single = types[0] if types else "void"
+        assert returned == (f"std::tuple<{', '.join(types)}>" if len(types) > 1 else single), name
+    assert {name for name, _ in signatures} == set(OPS)
+    for name in (name for name, (text, _) in OPS.items() if text):
+        assert {key for op, key in signatures if op == name} == {"CPU", "CUDA"}, name
 
 
 def sample(device, layout="contiguous", dtype=torch.float32, seqlen_q=5, requires_grad=False):
@@ -108,6 +153,16 @@ def test_opcheck_decode(device, mask, invariant):
     torch.library.opcheck(_ops.decode, (q, k, v, *masks, *SCALARS, 0, invariant))
     out, lse = torch.empty_like(q), torch.empty(2, 4, 1, device=device)
     torch.library.opcheck(_ops.decode_out, (q, k, v, *masks, *SCALARS, 2, False, out, lse))
+
+
+@pytest.mark.parametrize("kernel", ["attention_fwd", "decode"])
+def test_opcheck_plan(device, kernel):
+    q, k, v = sample(device, seqlen_q=1)
+    torch.library.opcheck(_ops.plan, (q, k, v, kernel, 9, 0, False))
+    with pytest.raises(RuntimeError, match="kernel: expected attention_fwd or decode, got softmax"):
+        _ops.plan(q, k, v, "softmax", 9, 0, False)
+    with pytest.raises(RuntimeError, match="longest: expected 0 to k's seqlen 9, got 10"):
+        _ops.plan(q, k, v, kernel, 10, 0, False)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -74,7 +74,7 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
   check_element_type("q", type, backend);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"q", a.q}, {"k", a.k}, {"v", a.v}}) {
-    check_device(name, x, "q", a.q);
+    check_device(name, x, "q's", a.q);
     check(x.dim() == 4, name, ": expected 4 dimensions [batch, seqlen, num_heads, head_dim], got ",
           shape_text(x));
     check_dtype(name, x, type);
@@ -106,7 +106,7 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
 // Checks and fills what turns dot products into scores, and who sees whom but for the lengths.
 inline void set_scores(AttentionParams& p, const AttentionArgs& a) {
   if (a.mask) {
-    check_device("mask", *a.mask, "q", a.q);
+    check_device("mask", *a.mask, "q's", a.q);
     p.mask = mask_view(*a.mask, p);
   }
   check(std::isfinite(a.softmax_scale), "softmax_scale: expected a finite number, got ",
@@ -130,7 +130,7 @@ inline void set_scores(AttentionParams& p, const AttentionArgs& a) {
 
 // What shows on a tensor of lengths without reading it.
 inline void check_lengths(const char* name, const Tensor& x, const AttentionArgs& a) {
-  check_device(name, x, "q", a.q);
+  check_device(name, x, "q's", a.q);
   check_shape(name, x, {a.q.size(0)});
   const ScalarType type = x.scalar_type();
   check(type == ScalarType::Int || type == ScalarType::Long, name,

@@ -53,13 +53,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const cpu::Kernels& kernels = cpu_kernels(type);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_device(name, x, "q", q);
+    check_device(name, x, "q's", q);
     check_dtype(name, x, type);
     check_shape(name, x, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});
     check_last_stride(name, x);
   }
   const auto check_lse = [&](const char* name, const Tensor& x) {
-    check_device(name, x, "q", q);
+    check_device(name, x, "q's", q);
     check_dtype(name, x, accumulator);
     check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
     check(x.is_contiguous(), name, ": expected a contiguous tensor, got other strides");

@@ -81,12 +81,11 @@ inline void check_backend(const char* name, const Tensor& x, DeviceType backend)
         " tensor, got one on ", device_text(x));
 }
 
-inline void check_device(const char* name, const Tensor& x, const char* like_name,
-                         const Tensor& like) {
+// `whose`: the owner of the device wanted, as in "q's".
+inline void check_device(const char* name, const Tensor& x, const char* whose, const Tensor& like) {
   const bool same =
       like.is_cpu() ? x.is_cpu() : x.is_cuda() && x.get_device_index() == like.get_device_index();
-  check(same, name, ": expected ", like_name, "'s device ", device_text(like), ", got ",
-        device_text(x));
+  check(same, name, ": expected ", whose, " device ", device_text(like), ", got ", device_text(x));
 }
 
 // The dtypes that this half of the library computes with.

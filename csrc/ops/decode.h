@@ -14,7 +14,7 @@ inline void check_kv_splits(int64_t kv_splits) {
 inline void check_outputs(const Outputs& outputs, const Tensor& q, const AttentionParams& p) {
   const auto& [out, lse] = outputs;
   const int64_t rows[3] = {p.batch_size, p.seqlen_q, p.num_heads_q};
-  check_device("out", out, "q", q);
+  check_device("out", out, "q's", q);
   check_dtype("out", out, q.scalar_type());
   check_shape("out", out, {rows[0], rows[1], rows[2], p.head_dim_v});
   check_last_stride("out", out);
@@ -22,7 +22,7 @@ inline void check_outputs(const Outputs& outputs, const Tensor& q, const Attenti
     check(rows[i] <= 1 || out.stride(i) != 0,
           "out: expected its own memory for every element, got stride 0 in dimension ", i);
   }
-  check_device("lse", lse, "q", q);
+  check_device("lse", lse, "q's", q);
   check_dtype("lse", lse, accumulator_type(q.scalar_type()));
   check_shape("lse", lse, {p.batch_size, p.num_heads_q, p.seqlen_q});
   check(lse.is_contiguous(), "lse: expected a contiguous tensor, got other strides");
@@ -34,11 +34,11 @@ inline Outputs prepare_merge(CombineParams& c, const Tensor& outs, const Tensor&
   const ScalarType type = outs.scalar_type(), accumulator = accumulator_type(type);
   check_backend("outs", outs, backend);
   check_element_type("outs", type, backend);
-  check_device("lses", lses, "outs", outs);
+  check_device("lses", lses, "outs'", outs);
   check(outs.dim() == 5,
         "outs: expected 5 dimensions [num_states, batch, seqlen_q, num_heads_q, head_dim_v], got ",
         shape_text(outs));
-  check_last_stride("outs", outs);
+  check_last_stride("outs'", outs);
   c.num_states = outs.size(0);
   c.batch_size = outs.size(1);
   c.seqlen_q = outs.size(2);
