@@ -1,10 +1,16 @@
 """Options, fixtures and the summary that all tests share.
 
 Every test takes `device`; a numerical test of the CPU kernels takes `isa` and runs at each level
-that is compiled in and present. Random numbers are seeded per test from one session seed.
+that is compiled in and present, or once on another device. Random numbers are seeded per test from
+one session seed.
+
+What cannot run on the device of --device is deselected, and the summary counts it by reason. The
+reasons are the markers below, and dtype float64 on CUDA.
 """
 
+import os
 import random
+import sys
 import zlib
 from collections import Counter
 
@@ -22,19 +28,72 @@ hypothesis.settings.register_profile("explore", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile("fixed")
 
 
+NO_FLOAT64 = "CUDA kernels refuse float64 by name"
+MARKERS = {
+    "gradients": "needs a backward, and CUDA has none yet",
+    "checks_values": "CUDA checks the values of lengths under FLASHINFER_LITE_CHECK=1 only",
+    "cpu_only": "cpu_only(reason): not on another device",
+    "cuda_only": "cuda_only(reason): not on another device",
+}
+NOT_HERE = pytest.StashKey[Counter]()
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of the `device` fixture")
     parser.addoption("--seed", default=20231123, type=int, help="seed of all random inputs")
 
 
-def _present():
+def pytest_configure(config):
+    config.stash[NOT_HERE] = Counter()
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", meaning if "(" in meaning else f"{name}: {meaning}")
+
+
+def _on_cuda(config):
+    return torch.device(config.getoption("--device")).type == "cuda"
+
+
+def _levels(config):
+    if _on_cuda(config):
+        return ["cuda"]
     # Unbuilt: one level, whose tests then fail with the library's own message.
     return isa_levels() if flashinfer_lite.built else ["baseline"]
 
 
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", _present(), indirect=True)
+        metafunc.parametrize("isa", _levels(metafunc.config), indirect=True)
+
+
+def _reason_not_to_run(item, on_cuda):
+    """Why a test does not belong on this device, or None."""
+    if marker := item.get_closest_marker("cpu_only" if on_cuda else "cuda_only"):
+        return marker.args[0]
+    if not on_cuda:
+        return None
+    if item.get_closest_marker("gradients"):
+        return MARKERS["gradients"]
+    checked = os.environ.get("FLASHINFER_LITE_CHECK") == "1"
+    if item.get_closest_marker("checks_values") and not checked:
+        return MARKERS["checks_values"]
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return NO_FLOAT64 if parameters.get("dtype") == torch.float64 else None
+
+
+def pytest_collection_modifyitems(config, items):
+    reasons = {item: _reason_not_to_run(item, _on_cuda(config)) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if reasons[item]])
+    items[:] = [item for item in items if not reasons[item]]
+    config.stash[NOT_HERE].update(filter(None, reasons.values()))
+    if hasattr(config, "workeroutput"):  # pytest-xdist: the summary is another process's
+        config.workeroutput["not_here"] = dict(config.stash[NOT_HERE])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    # Every worker collects every test, so one worker's counts are those of all.
+    counted = getattr(node, "workeroutput", {}).get("not_here")
+    node.config.stash[NOT_HERE] = Counter(counted or node.config.stash[NOT_HERE])
 
 
 @pytest.fixture
@@ -45,10 +104,11 @@ def device(request):
 
 @pytest.fixture
 def isa(request, device, record_property):
-    """The ISA level in force; on another device than the CPU only the first one runs."""
-    if device.type != "cpu" and request.param != _present()[0]:
-        pytest.skip(f"ISA levels are the CPU's, device is {device}")
+    """The ISA level in force; "cuda" on CUDA devices."""
     record_property("isa", request.param)
+    if device.type == "cuda":
+        yield request.param
+        return
     with force_isa(request.param):
         yield request.param
 
@@ -58,6 +118,27 @@ def _seeded(request):
     seed = request.config.getoption("--seed") ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _device_survived(request, device):
+    """On CUDA: blame an asynchronous error on the test that caused it.
+
+    Such an error fails every later call of its process, so the process ends: a worker of
+    pytest-xdist is replaced and its test counts as failed, a single process stops.
+    """
+    yield
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        message = f"{request.node.nodeid}: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(message, returncode=3)
+        sys.__stderr__.write(f"\n{message}\n")
+        sys.__stderr__.flush()
+        os._exit(3)
 
 
 @pytest.fixture
@@ -76,13 +157,15 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, value in report.user_properties
         if name == "isa" and report.when == "call"
     )
-    present = _present()
+    levels = _levels(config)
     terminalreporter.section("flashinfer_lite")
-    for level in ALL_LEVELS:
-        if level in present:
+    for level in levels if _on_cuda(config) else ALL_LEVELS:
+        if level in levels:
             line = f"{ran[level]} tests" if ran[level] else "present, no test selected"
         else:
             line = "skipped: not compiled in, or not on this processor"
         terminalreporter.write_line(f"ISA {level:9} {line}")
     seed, device = config.getoption("--seed"), config.getoption("--device")
+    for reason, count in config.stash[NOT_HERE].most_common():
+        terminalreporter.write_line(f"not on {device}: {count} tests: {reason}")
     terminalreporter.write_line(f"seed {seed} (--seed), device {device} (--device)")

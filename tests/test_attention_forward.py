@@ -93,9 +93,8 @@ def test_mask(device, isa, dtype, kind, shape):
     for mask_dtype in DTYPES if shape == (2, 4, 37, 53) else [random.choice(DTYPES)]:
         mask = make_mask(kind, shape, dtype=mask_dtype, device=device, empty_rows=shape[-1] > 1)
         check_forward(attention, q, k, v, mask=mask)
-    check_forward(
-        attention, q, k, v, mask=mask, causal=True, softcap=5.0, seqlens_kv=lengths(50, 17)
-    )
+    ends = lengths(50, 17).to(device)
+    check_forward(attention, q, k, v, mask=mask, causal=True, softcap=5.0, seqlens_kv=ends)
 
 
 def test_mask_strides(device, isa, dtype):
@@ -284,6 +283,8 @@ def test_random_combination(device, isa, dtype, case):
     q, k, v = make_qkv(**shape, dtype=dtype, device=device)
     if "mask" in arguments:
         arguments["mask"] = make_mask(*arguments["mask"], device=device)
+    for name in arguments.keys() & {"seqlens_kv", "kv_start"}:
+        arguments[name] = arguments[name].to(device)
     check_forward(attention, q, k, v, **arguments)
 
 

@@ -144,6 +144,7 @@ def test_cache_is_not_touched(device, isa, dtype):
 
 
 @all_dtypes
+@pytest.mark.cpu_only("CUDA's decode and attention are two kernels, each with its own tiles")
 def test_agrees_with_attention(device, isa, dtype):
     q, k, v = make_qkv(2, 3, 500, dtype=dtype, device=device)
     used = torch.tensor([500, 129], device=device)
@@ -187,6 +188,7 @@ def test_repeats_bit_for_bit(device, isa, dtype, threads):
 
 
 @all_dtypes
+@pytest.mark.cpu_only("the threads are the CPU's")
 def test_uses_every_thread_and_stays_right(device, isa, dtype, threads):
     threads(4)
     q, k, v = make_qkv(1, 1, 4000, 8, 2, 64, dtype=dtype, device=device)
@@ -203,6 +205,7 @@ def test_k_and_v_in_different_layouts(device, isa, dtype, which):
 
 
 @all_dtypes
+@pytest.mark.cpu_only("the threads are the CPU's")
 def test_heads_walking_together_change_no_bits(device, isa, dtype, threads):
     # How many walk together follows the number of threads; their bits must not.
     q, k, v = make_qkv(1, 1, 500, 12, 6, 16, dtype=dtype, device=device)

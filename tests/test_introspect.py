@@ -12,7 +12,10 @@ import flashinfer_lite
 from flashinfer_lite import attention, decode, explain, stats
 from flashinfer_lite.testing import ALL_LEVELS, isa_levels, make_qkv
 
+LEVELS = "the levels are the CPU's"
 
+
+@pytest.mark.gradients
 def test_stats_count_calls(device):
     q, k, v = make_qkv(1, 3, 5, device=device, requires_grad=True)
     stats(reset=True)
@@ -31,6 +34,7 @@ def test_stats_count_calls(device):
     assert stats().calls == 0
 
 
+@pytest.mark.cpu_only(LEVELS)
 @pytest.mark.parametrize("name", ["attention", "decode"])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_explain_names_the_level_in_force(device, isa, name, by_name):
@@ -47,11 +51,13 @@ def test_explain_names_the_level_in_force(device, isa, name, by_name):
     assert all(reason for reason in chosen.rejected.values())
 
 
+@pytest.mark.cpu_only(LEVELS)
 def test_explain_float64_at_avx512(device, isa):
     q, k, v = make_qkv(1, 3, 5, dtype=torch.float64, device=device)
     assert ("avx2" if isa == "avx512" else isa) in explain(attention, q, k, v).kernel
 
 
+@pytest.mark.cpu_only("the threads are the CPU's")
 def test_explain_splits(device, threads):
     q, k, v = make_qkv(1, 1, 4096, 8, 1, 64, device=device)
     threads(1)
@@ -64,6 +70,21 @@ def test_explain_splits(device, threads):
     invariant = explain(decode, q, k, v, batch_invariant=True).kv_splits
     threads(1)
     assert explain(decode, q, k, v, batch_invariant=True).kv_splits == invariant
+
+
+@pytest.mark.cuda_only("names CUDA instances")
+def test_explain_on_cuda(device):
+    q, k, v = make_qkv(1, 1, 65536, 8, 2, 128, device=device, dtype=torch.bfloat16)
+    stats(reset=True)
+    for op, name in ((attention, "attention_fwd_sm80_bfloat16"), (decode, "decode_sm80_bfloat16")):
+        chosen = explain(op, q, k, v)
+        assert chosen.kernel.startswith(name) and "cpu" in chosen.rejected
+    assert explain(decode, q, k, v).kv_splits > 1  # two heads do not fill a GPU
+    assert explain(decode, q, k, v, kv_splits=5).kv_splits == 5
+    assert explain(decode, q[:, :0], k, v).kv_splits >= 1
+    assert stats().calls == 0  # it runs nothing
+    decode(q, k, v)
+    assert stats(reset=True).calls == 1
 
 
 def test_explain_reference(device):

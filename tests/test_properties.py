@@ -2,8 +2,9 @@
 
 import math
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flashinfer_lite import attention, decode, merge_states, reference
@@ -59,6 +60,7 @@ def problems(draw, max_seqlen=80, decoding=False):
     seed = draw(st.integers(0, 2**31))
 
     def make(device):
+        assume(device.type == "cpu" or shape["dtype"] != torch.float64)  # refused by name on CUDA
         torch.manual_seed(seed)
         q, k, v = make_qkv(**shape, device=device)
         for name, values in (("seqlens_kv", ends), ("kv_start", starts)):
@@ -81,6 +83,7 @@ def test_forward_is_the_oracle(device, isa, problem):
     check_forward(attention, q, k, v, **arguments)
 
 
+@pytest.mark.gradients
 @per_level
 @given(problem=problems(max_seqlen=50))
 def test_backward_is_the_oracle(device, isa, problem):

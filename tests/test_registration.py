@@ -38,6 +38,9 @@ CPP_TYPES = {
 }
 SCALARS = (0.25, 0.0, 1, -1, -1)
 LAYOUTS = ["contiguous", "fused", "bhsd", "misaligned", "expand"]
+without_and_with_gradients = pytest.mark.parametrize(
+    "requires_grad", [False, pytest.param(True, marks=pytest.mark.gradients)]
+)
 
 
 def op_named(name):
@@ -118,7 +121,7 @@ def optional(device, mask=None, lengths=False, q=5, k=9):
     return mask, starts, ends
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@without_and_with_gradients
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_attention_fwd(device, requires_grad, mask, dtype):
@@ -129,12 +132,14 @@ def test_opcheck_attention_fwd(device, requires_grad, mask, dtype):
     torch.library.opcheck(_ops.attention_fwd, (q, k, v, mask, *lengths, *SCALARS))
 
 
+@without_and_with_gradients
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_attention_fwd_layouts(device, layout):
-    inputs = sample(device, layout, requires_grad=layout != "expand")
+def test_opcheck_attention_fwd_layouts(device, layout, requires_grad):
+    inputs = sample(device, layout, requires_grad=requires_grad and layout != "expand")
     torch.library.opcheck(_ops.attention_fwd, (*inputs, None, None, None, *SCALARS))
 
 
+@pytest.mark.gradients
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 def test_opcheck_attention_bwd(device, mask):
     q, k, v = sample(device)
@@ -172,6 +177,14 @@ def test_opcheck_merge_states(device, requires_grad):
     torch.library.opcheck(_ops.merge_states, (outs, lses))
 
 
+def check_fake(op, arguments):
+    real = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments))
+    for x, y in zip(real, fake, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
@@ -182,17 +195,23 @@ def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
     swapped = lse.new_zeros(seqlen_q, batch_size, 2, num_heads_q).permute(2, 0, 3, 1)
     calls = [
         (_ops.attention_fwd, (q, k, v, *masks, *SCALARS)),
-        (_ops.attention_bwd, (out, lse, q, k, v, out, lse, *masks, *SCALARS, True)),
         (_ops.decode, (q, k, v, *masks, *SCALARS, 3, False)),
         (_ops.merge_states, (torch.stack([out] * 2), torch.stack([lse] * 2))),
         (_ops.merge_states, (torch.stack([out] * 2).permute(0, 2, 1, 3, 4), swapped)),
     ]
     for op, arguments in calls:
-        real = op(*arguments)
-        with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments))
-        for x, y in zip(real, fake, strict=True):
-            assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        check_fake(op, arguments)
+
+
+@pytest.mark.gradients
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_fake_gradients_have_the_strides_of_real_ones(device, layout, dtype):
+    q, k, v = sample(device, layout, dtype=dtype)
+    masks = optional(device, "additive", lengths=True, q=q.shape[1], k=k.shape[1])
+    out, lse = _ops.attention_fwd(q, k, v, *masks, *SCALARS)
+    arguments = (out, lse, q, k, v, out, lse, *masks, *SCALARS, True)
+    check_fake(_ops.attention_bwd, arguments)
 
 
 def test_results_share_no_memory_with_inputs(device):

@@ -61,6 +61,15 @@ def test_pt_190857_sglang_20389_vllm_50427_strides_beyond_31_bits(device):
     q = torch.randn(1, 5, 2, 128, device=device).bfloat16()
     compact = k.contiguous()
     assert_same_bits(attention(q, k, k), attention(q, compact, compact))
+
+
+@pytest.mark.gradients
+def test_pt_190857_strides_beyond_31_bits_in_backward(device):
+    buffer = torch.empty(24000, 704, 128, dtype=torch.bfloat16, device=device)
+    k = buffer.transpose(0, 1)[703:, -33:, None]
+    k.copy_(torch.randn(k.shape))
+    q = torch.randn(1, 5, 2, 128, device=device).bfloat16()
+    compact = k.contiguous()
     strided, plain = k.detach().requires_grad_(), compact.requires_grad_()
     for x, y in zip(
         torch.autograd.grad(attention(q, strided, strided).sum(), strided),
@@ -73,7 +82,8 @@ def test_pt_190857_sglang_20389_vllm_50427_strides_beyond_31_bits(device):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_pt_162588_pt_187227_mask_offsets_beyond_32_bits(device, dtype):
     # 144 rows, 2^25 elements apart; only the pages that are written get memory.
-    buffer = torch.empty(144 * 2**25, dtype=torch.bool if dtype == torch.bool else torch.float16)
+    kind = torch.bool if dtype == torch.bool else torch.float16
+    buffer = torch.empty(144 * 2**25, dtype=kind, device=device)
     mask = buffer.view(144, 2**25)[:, :50]
     mask.copy_(make_mask("bool" if dtype == torch.bool else "additive", (144, 50)))
     assert 143 * mask.stride(0) > 2**32
@@ -125,6 +135,7 @@ def test_pt_187506_pt_116333_last_dimension_and_size_one_strides(device, isa):
         attention(q, k.mT, v)
 
 
+@pytest.mark.gradients
 @all_dtypes
 def test_fa_355_gradient_of_out_is_not_contiguous(device, isa, dtype):
     q, k, v = make_qkv(2, 4, 4, 32, 1, 128, dtype=dtype, device=device, requires_grad=True)
@@ -148,9 +159,19 @@ def test_qkan_26_xf_813_misaligned_pointers(device, isa, dtype, seqlen):
     into = guarded(out.shape, dtype, device, offset=1)
     decode(q, k, v, mask=mask, kv_splits=1, out=into.tensor)
     into.assert_intact("out")
-    assert_same_bits(into.tensor, out)
-    if seqlen < 100:
-        check_backward(attention, q, k, v, mask=mask)
+    if device.type == "cpu":  # one kernel there, two on CUDA
+        assert_same_bits(into.tensor, out)
+    else:
+        assert_close(into.tensor, out.double(), out, terms=1.0)
+
+
+@pytest.mark.gradients
+@all_dtypes
+@pytest.mark.parametrize("seqlen", [43, 77])
+def test_xf_813_misaligned_pointers_in_backward(device, isa, dtype, seqlen):
+    q, k, v = make_qkv(1, seqlen, seqlen, 2, 1, 40, dtype=dtype, device=device, layout="misaligned")
+    mask = torch.randn(seqlen * seqlen + 1, device=device).to(dtype)[1:].view(seqlen, seqlen)
+    check_backward(attention, q, k, v, mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +237,7 @@ def test_nan_of_future_tokens_stays_in_the_future(device, isa, dtype):
         assert out[:, :150].isfinite().all() and out[:, 150].isnan().all()
 
 
+@pytest.mark.gradients
 @all_dtypes
 def test_garbage_beyond_the_length_in_backward(device, isa, dtype):
     q, k, v = make_qkv(2, 20, 90, 4, 2, 40, dtype=dtype, device=device)
@@ -243,6 +265,7 @@ def test_fi_3716_padding_lanes_do_not_count(device, isa, dtype, op, used):
     assert_lse_close(lse, torch.full_like(lse, math.log(used)).double())
 
 
+@pytest.mark.gradients
 def test_pt_119320_many_sequences_with_packed_strides(device):
     packed = torch.randn(2701, 3, 3, 2, 8, device=device, requires_grad=True)
     out = attention(*packed.unbind(2), causal=True)
