@@ -43,27 +43,32 @@ uint32_t SharedMemory::address_of(const void* pointer) const {
 
 void fill_poison(void* out, size_t bytes) {
   uint8_t* p = static_cast<uint8_t*>(out);
-  for (size_t i = 0; i < bytes; i++) p[i] = static_cast<uint8_t>(kPoison >> 8 * (i % 2));
+  constexpr uint64_t kPoison8 = kPoison * uint64_t{0x0001000100010001};
+  for (; bytes >= sizeof kPoison8; bytes -= sizeof kPoison8, p += sizeof kPoison8) {
+    std::memcpy(p, &kPoison8, sizeof kPoison8);
+  }
+  std::memcpy(p, &kPoison8, bytes);
 }
 
-bool check_shared_bounds(uint32_t address, uint32_t bytes, bool write, Site site) {
-  const uint32_t end = kSharedBase + current_block->shared.bytes();
+bool SharedMemory::refuse(uint32_t address, uint32_t bytes, bool write, Site site) const {
+  const uint32_t end = kSharedBase + bytes_;
   if (address < kSharedBase || uint64_t{address} + bytes > end) {
     report(Kind::kOobShared, site, "%s of %u bytes at shared address %u, outside [%u, %u)",
            write ? "write" : "read", bytes, address, kSharedBase, end);
-    return false;
-  }
-  if (bytes <= 16 && (address & (bytes - 1)) != 0) {
+  } else {
     report(Kind::kMisaligned, site, "shared address %u is not aligned to %u bytes", address, bytes);
-    return false;
   }
-  return true;
+  return false;
+}
+
+bool check_shared_bounds(uint32_t address, uint32_t bytes, bool write, Site site) {
+  return current_block->shared.check(address, bytes, write, site);
 }
 
 template <int kBytes>
 void load_shared(uint32_t address, void* out, Site site) {
   Block& block = *current_block;
-  if (!check_shared_bounds(address, kBytes, false, site)) return fill_poison(out, kBytes);
+  if (!block.shared.check(address, kBytes, false, site)) return fill_poison(out, kBytes);
   Lane& lane = *current_lane;
   if (block.options.count_accesses) {
     lane.warp->log.add(block.sites.id(site), Access::kSharedLoad, lane.index, address, kBytes);
@@ -75,7 +80,7 @@ void load_shared(uint32_t address, void* out, Site site) {
 template <int kBytes>
 void store_shared(uint32_t address, const void* value, Site site) {
   Block& block = *current_block;
-  if (!check_shared_bounds(address, kBytes, true, site)) return;
+  if (!block.shared.check(address, kBytes, true, site)) return;
   Lane& lane = *current_lane;
   if (block.options.count_accesses) {
     lane.warp->log.add(block.sites.id(site), Access::kSharedStore, lane.index, address, kBytes);

@@ -52,11 +52,21 @@ class SharedMemory {
   bool contains(const void* pointer) const;
   uint32_t address_of(const void* pointer) const;
 
+  // Reports and returns false if an access would be outside, or misaligned (up to 16 bytes).
+  bool check(uint32_t address, uint32_t bytes, bool write, Site site) const {
+    const bool inside =
+        address >= kSharedBase && bytes <= bytes_ && address - kSharedBase <= bytes_ - bytes;
+    const bool aligned = bytes > 16 || (address & (bytes - 1)) == 0;
+    return (inside && aligned) || refuse(address, bytes, write, site);
+  }
+
   static uint32_t word_index(uint32_t address) { return (address - kSharedBase) / 4; }
   SharedWord& word(uint32_t index) { return words_[index]; }
   SharedReaders* readers(uint32_t index) { return &readers_[size_t{index} * num_warps_]; }
 
  private:
+  bool refuse(uint32_t address, uint32_t bytes, bool write, Site site) const;
+
   uint8_t* arena_;
   uint32_t bytes_ = 0;
   int num_warps_ = 0;
@@ -69,7 +79,7 @@ void load_shared(uint32_t address, void* out, Site site);
 template <int kBytes>
 void store_shared(uint32_t address, const void* value, Site site);
 
-// Reports and returns false if an access of `bytes` would be outside or misaligned.
+// SharedMemory::check of the running block.
 bool check_shared_bounds(uint32_t address, uint32_t bytes, bool write, Site site);
 
 void fill_poison(void* out, size_t bytes);

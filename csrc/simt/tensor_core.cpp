@@ -1,6 +1,7 @@
 #include "simt/tensor_core.h"
 
 #include <cstring>
+#include <utility>
 
 #include "common/types.h"
 #include "simt/block.h"
@@ -69,7 +70,7 @@ void scatter_c(const Tile& tile, const MmaArgument* const* arguments, int index)
 
 // c += a b. A product of two 16-bit floats is exact in float, so that the compiler's choice between
 // fma and multiply-add changes nothing. Four rows at a time keep b in registers.
-void multiply(Tile& tile) {
+__attribute__((target_clones("default", "avx2"))) void multiply(Tile& tile) {
   for (int m = 0; m < kM; m += 4) {
     Float8 c0 = tile.c[m];
     Float8 c1 = tile.c[m + 1];
@@ -96,22 +97,30 @@ void check_full_warp(const Lane* lanes, uint32_t mask) {
         mask);
 }
 
-// One 8x8 matrix whose rows lanes[8 * matrix ...] point at.
-void load_matrix(Block& block, Lane* lanes, int matrix, uint16_t (&rows)[8][8],
-                 AccessCount* count) {
+using Matrix = uint16_t[8][8];
+
+// Rows from where lanes[0..7] point.
+void load_matrix(Block& block, Lane* lanes, Matrix& rows, AccessCount* count) {
   uint64_t addresses[32] = {};
   for (int row = 0; row < 8; row++) {
-    Lane& lane = lanes[8 * matrix + row];
+    Lane& lane = lanes[row];
     const uint32_t address = static_cast<LdmatrixArgument*>(lane.argument)->address;
     addresses[row] = address;
-    if (!check_shared_bounds(address, 16, false, lane.site)) {
-      fill_poison(rows[row], 16);
+    if (!block.shared.check(address, sizeof rows[row], false, lane.site)) {
+      fill_poison(rows[row], sizeof rows[row]);
       continue;
     }
-    if (block.options.check_races) shadow_read(lane, address, 16, lane.site);
-    std::memcpy(rows[row], block.shared.at(address), 16);
+    if (block.options.check_races) shadow_read(lane, address, sizeof rows[row], lane.site);
+    std::memcpy(rows[row], block.shared.at(address), sizeof rows[row]);
   }
-  if (count != nullptr) count_wavefronts(addresses, 0xffu, 16, *count);
+  if (count != nullptr) count_wavefronts(addresses, 0xffu, sizeof rows[0], *count);
+}
+
+void transpose(Matrix& matrix) {
+  for (int row = 0; row < 8; row++) {
+    for (int column = 0; column < row; column++)
+      std::swap(matrix[row][column], matrix[column][row]);
+  }
 }
 
 }  // namespace
@@ -125,17 +134,18 @@ void perform_ldmatrix(Lane* lanes, uint32_t mask) {
     count = &entry.accesses[static_cast<int>(Access::kLdmatrix)];
     count->requests++;
   }
-  const bool transpose = static_cast<LdmatrixArgument*>(lanes[0].argument)->transpose;
-  for (int matrix = 0; matrix < 4; matrix++) {
-    alignas(16) uint16_t rows[8][8];
-    load_matrix(block, lanes, matrix, rows, count);
-    for (int lane = 0; lane < 32; lane++) {
-      const int row = lane / 4;
-      const int column = lane % 4 * 2;
-      const uint32_t low = transpose ? rows[column][row] : rows[row][column];
-      const uint32_t high = transpose ? rows[column + 1][row] : rows[row][column + 1];
-      static_cast<LdmatrixArgument*>(lanes[lane].argument)->registers[matrix] = low | high << 16;
-    }
+  const bool transposed = static_cast<LdmatrixArgument*>(lanes[0].argument)->transpose;
+  alignas(16) Matrix matrices[4];
+  for (int i = 0; i < 4; i++) {
+    load_matrix(block, lanes + 8 * i, matrices[i], count);
+    if (transposed) transpose(matrices[i]);
+  }
+  // A lane gets elements 2 (lane % 4) and the next of row lane / 4: the lane-th pair.
+  uint32_t pairs[4][32];
+  std::memcpy(pairs, matrices, sizeof pairs);
+  for (int lane = 0; lane < 32; lane++) {
+    uint32_t* registers = static_cast<LdmatrixArgument*>(lanes[lane].argument)->registers;
+    for (int i = 0; i < 4; i++) registers[i] = pairs[i][lane];
   }
 }
 
