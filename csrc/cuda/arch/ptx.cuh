@@ -228,6 +228,15 @@ __device__ __forceinline__ Element from_float(float x) {
 // A guard of memory accesses. The executor can force one to true, to prove that it is needed.
 __device__ __forceinline__ bool predicate(bool p) { return p; }
 
+// No instruction: the same value, of which the compiler knows nothing. What is computed from it
+// inside a loop stays there, where hoisting would cost registers that the loop does not have.
+template <class T>
+__device__ __forceinline__ T opaque(T value) {
+  static_assert(sizeof(T) == 4, "opaque takes a 32-bit register");
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- Launch
 
 // The limit up to which a kernel may take dynamic shared memory without asking.
