@@ -77,4 +77,36 @@ inline int64_t cpu_kv_splits(int64_t tasks, int64_t threads, int64_t longest) {
   return best;
 }
 
+// How many thread blocks share a multiprocessor, as far as shared memory goes.
+inline int64_t blocks_per_sm(int64_t smem_bytes, int64_t smem_per_sm) {
+  constexpr int64_t kReserved = 1024;  // the driver's own, per block
+  return std::max<int64_t>(smem_per_sm / (smem_bytes + kReserved), 1);
+}
+
+// (batch, KV head) pairs whose K and V stay in the L2 together while their row blocks read them;
+// 5/8 of it, for q and out pass through as well.
+inline int64_t heads_per_section(int64_t heads, int64_t bytes_per_head, int64_t l2_bytes) {
+  return std::clamp<int64_t>(l2_bytes * 5 / 8 / std::max<int64_t>(bytes_per_head, 1), 1,
+                             std::max<int64_t>(heads, 1));
+}
+
+constexpr int64_t kMinKeysPerCudaSplit = 128;  // below, the merge costs more than it spreads
+constexpr int64_t kMaxCudaSplits = 128;
+
+// Splits so that `work` equal pieces keep `slots` resident thread blocks busy: the fewest whose
+// last wave is within 15 % of as full as any gets.
+inline int64_t cuda_kv_splits(int64_t work, int64_t slots, int64_t longest) {
+  if (work <= 0 || work * 5 >= slots * 4) return 1;
+  const int64_t most = std::clamp<int64_t>(longest / kMinKeysPerCudaSplit, 1, kMaxCudaSplits);
+  const auto fill = [&](int64_t splits) {
+    const int64_t waves = ceil_div(work * splits, slots);
+    return static_cast<double>(work * splits) / static_cast<double>(waves * slots);
+  };
+  double best = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) best = std::max(best, fill(splits));
+  int64_t splits = 1;
+  while (fill(splits) < 0.85 * best) ++splits;
+  return splits;
+}
+
 }  // namespace flashinfer_lite

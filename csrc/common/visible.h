@@ -1,4 +1,5 @@
 // Which keys a query row may see: sequence bounds, causal and window, as half-open ranges.
+// Everything is constexpr, which makes it callable in device code too.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@ struct KeyRange {
   int64_t begin = 0;
   int64_t end = 0;  // exclusive; begin >= end is empty
 
-  bool empty() const { return begin >= end; }
+  constexpr bool empty() const { return begin >= end; }
 };
 
 // Row i stands at key position i + diagonal and sees [position - left, position + right] within
@@ -22,7 +23,7 @@ struct Visibility {
   int64_t window_left = -1;
   int64_t window_right = -1;
 
-  KeyRange row(int64_t i) const {
+  constexpr KeyRange row(int64_t i) const {
     const int64_t position = i + diagonal;
     KeyRange range{kv_begin, kv_end};
     if (window_left >= 0) range.begin = std::max(range.begin, position - window_left);
@@ -35,7 +36,7 @@ struct Visibility {
 
   // The keys that at least one of the rows [first, last] sees, as one range. Both bounds grow with
   // the row, so the outer rows decide.
-  KeyRange rows(int64_t first, int64_t last) const {
+  constexpr KeyRange rows(int64_t first, int64_t last) const {
     KeyRange range{row(first).begin, row(last).end};
     range.end = std::max(range.end, range.begin);
     return range;

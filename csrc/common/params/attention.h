@@ -51,12 +51,12 @@ struct AttentionParams {
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0 is off
 
-  int64_t group_size() const { return num_heads_q / num_heads_kv; }
+  constexpr int64_t group_size() const { return num_heads_q / num_heads_kv; }
 
   // The rows of one KV head: every query of its group, query-major, so that the rows of a tile
   // share their diagonal: row r is query r / group_size of head head_kv * group_size + r %
   // group_size.
-  int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
+  constexpr int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
 
   CpuForwardProblem cpu_problem(int64_t element_size) const {
     const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;

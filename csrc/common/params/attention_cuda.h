@@ -1,0 +1,38 @@
+// What one attention call works on when its tensors are in device memory.
+#pragma once
+
+#include "common/params/attention.h"
+
+namespace flashinfer_lite {
+
+// [batch] in device memory, int32 or int64: read and clamped by the kernel, never by the host.
+struct LengthsView {
+  const void* data = nullptr;  // null: the default bound
+  bool is_int64 = false;
+  int64_t stride = 1;
+};
+
+// The pointers are device pointers. kv_start and seqlens_kv of the base are unused: the lengths are
+// the views below.
+struct CudaAttentionParams : AttentionFwdParams {
+  LengthsView device_kv_start, device_seqlens_kv;
+
+  // Whether every row of the tensor starts on 16 bytes, so that 16-byte accesses may be used.
+  bool vector_q = false;
+  bool vector_k = false;
+  bool vector_v = false;
+  bool vector_out = false;
+
+  // Of the base, as the kernels want them: divided and multiplied once, by the host.
+  int32_t group = 1;         // group_size()
+  int32_t rows = 0;          // rows_per_kv_head()
+  bool scale_first = false;  // scores are brought to log2 one by one; else by the exponential
+
+  int64_t num_m_blocks = 0;       // blocks of rows per (batch, KV head)
+  int64_t heads_per_section = 1;  // forward: (batch, KV head) pairs that share the L2 at a time
+
+  // The base's visibility() cannot read device memory; kernels build theirs with tile/kv_source.
+  Visibility visibility(int64_t) const = delete;
+};
+
+}  // namespace flashinfer_lite

@@ -1,0 +1,205 @@
+#include "cuda/dispatch.h"
+
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+namespace flashinfer_lite::cuda {
+namespace {
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
+
+const char* text_of(ElementType element) {
+  switch (element) {
+    case ElementType::kFloat32:
+      return "float32";
+    case ElementType::kBFloat16:
+      return "bfloat16";
+    default:
+      return "float16";
+  }
+}
+
+int64_t size_of(ElementType element) { return element == ElementType::kFloat32 ? 4 : 2; }
+
+// The rows that could run, apart from shared memory: those of the smallest head_dim that is enough.
+std::vector<const Instance*> candidates(const std::string& kernel, ElementType element,
+                                        int64_t head_dim, const Device& device) {
+  std::vector<const Instance*> found;
+  for (int i = 0; i < kNumInstances; ++i) {
+    const Instance& row = *kInstances[i];
+    // sm80 rows run on whatever came later, sm90 rows on 9.0 alone.
+    const bool runs = row.arch == 90 ? device.arch == 90 : device.arch >= row.arch;
+    if (kernel != row.kernel || row.element != element || !runs || row.head_dim < head_dim)
+      continue;
+    if (!found.empty() && row.head_dim > found.front()->head_dim) continue;
+    if (!found.empty() && row.head_dim < found.front()->head_dim) found.clear();
+    found.push_back(&row);
+  }
+  return found;
+}
+
+uint32_t checked_blocks(const Instance& row, int64_t blocks) {
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    fail(row.name, ": expected at most 2147483647 thread blocks, got ", blocks,
+         ": call it on parts of the batch");
+  }
+  return static_cast<uint32_t>(blocks);
+}
+
+template <class Pointer>
+bool rows_are_aligned(const Strided<Pointer>& x, int64_t element_size) {
+  const auto address = reinterpret_cast<uintptr_t>(x.data);
+  const int64_t chunk = 16 / element_size;
+  return address % 16 == 0 && x.batch % chunk == 0 && x.seqlen % chunk == 0 && x.head % chunk == 0;
+}
+
+// The kernels index rows and keys with 32 bits; offsets in memory have 64.
+void check_sizes(const char* kernel, const CudaAttentionParams& p) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (p.seqlen_kv > kMost) fail(kernel, ": expected at most 2^30 keys, got ", p.seqlen_kv);
+  if (p.rows_per_kv_head() > kMost) {
+    fail(kernel, ": expected at most 2^30 rows (queries times the heads of a group), got ",
+         p.rows_per_kv_head());
+  }
+}
+
+}  // namespace
+
+const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
+                                 int64_t head_dim_v, const Device& device) {
+  const int64_t widest = std::max(head_dim, head_dim_v);
+  const auto rows = candidates(kernel, element, widest, device);
+  if (rows.empty()) {
+    fail(kernel, ": no kernel for head_dim ", widest, " in ", text_of(element),
+         " on compute capability ", device.arch / 10, ".", device.arch % 10,
+         " (built: 8.0 and up, head_dim to 256): impl='reference' runs there");
+  }
+  // The deepest pipeline that leaves room for a second thread block; else the first that fits.
+  const Instance* best = nullptr;
+  for (const Instance* row : rows) {
+    if (row->smem_bytes > device.smem_optin) continue;
+    const bool shares = blocks_per_sm(row->smem_bytes, device.smem_per_sm) >= 2;
+    if (best == nullptr || (shares && row->num_stages > best->num_stages)) best = row;
+  }
+  if (best == nullptr) {
+    int64_t least = rows.front()->smem_bytes;
+    for (const Instance* row : rows) least = std::min<int64_t>(least, row->smem_bytes);
+    fail(kernel, ": head_dim ", widest, " in ", text_of(element), " needs ", least,
+         " bytes of shared memory per thread block, the device offers ", device.smem_optin,
+         ": impl='reference' runs there");
+  }
+  return *best;
+}
+
+void set_derived(CudaAttentionParams& p, ElementType element) {
+  const int64_t size = size_of(element);
+  p.group = static_cast<int32_t>(p.group_size());
+  p.rows = static_cast<int32_t>(p.rows_per_kv_head());
+  // float32 too: there a row of one key must give exactly its value, which a scale inside the
+  // exponential does not.
+  p.scale_first =
+      size == 4 || p.softcap != 0 || p.mask.type != MaskType::kNone || !(p.softmax_scale > 0);
+  p.vector_q = rows_are_aligned(p.q, size);
+  p.vector_k = rows_are_aligned(p.k, size);
+  p.vector_v = rows_are_aligned(p.v, size);
+  p.vector_out = rows_are_aligned(p.out, size);
+}
+
+const Instance& instance_named(const std::string& name) {
+  for (int i = 0; i < kNumInstances; ++i) {
+    if (name == kInstances[i]->name) return *kInstances[i];
+  }
+  fail("no instance is named ", name);
+}
+
+Status run_attention_fwd(CudaAttentionParams& p, const Instance& row, const Device& device,
+                         Stream stream) {
+  check_sizes("attention_fwd", p);
+  const int64_t heads = p.batch_size * p.num_heads_kv;
+  const int64_t bytes_per_head = p.seqlen_kv * (p.head_dim + p.head_dim_v) * size_of(row.element);
+  set_derived(p, row.element);
+  p.num_m_blocks = ceil_div(p.rows_per_kv_head(), row.block_m);
+  p.heads_per_section = heads_per_section(heads, bytes_per_head, device.l2_bytes);
+  if (checked_blocks(row, p.num_m_blocks * heads) == 0) return 0;
+  return row.launch(&p, stream);
+}
+
+DecodePlan plan_decode(const CudaAttentionParams& p, ElementType element, const Device& device,
+                       int64_t kv_splits, bool batch_invariant) {
+  check_sizes("decode", p);
+  DecodePlan plan;
+  plan.instance = &choose_attention("decode", element, p.head_dim, p.head_dim_v, device);
+  if (batch_invariant) {
+    plan.kv_splits = std::max<int64_t>(ceil_div(p.seqlen_kv, kBatchInvariantSplit), 1);
+    plan.keys_per_split = kBatchInvariantSplit;
+    return plan;
+  }
+  if (kv_splits == 0) {
+    const int64_t work =
+        p.batch_size * p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plan.instance->block_m);
+    // More than two blocks of this kernel on a multiprocessor gain nothing but more splits.
+    const int64_t resident =
+        std::min<int64_t>(blocks_per_sm(plan.instance->smem_bytes, device.smem_per_sm), 2);
+    kv_splits = cuda_kv_splits(work, device.num_sms * resident, p.seqlen_kv);
+  }
+  plan.kv_splits = kv_splits;
+  return plan;
+}
+
+Status run_decode(CudaAttentionParams& p, const DecodePlan& plan, Stream stream) {
+  const Instance& row = *plan.instance;
+  set_derived(p, row.element);
+  p.kv_splits = plan.kv_splits;
+  p.keys_per_split = plan.keys_per_split;
+  p.num_m_blocks = ceil_div(p.rows_per_kv_head(), row.block_m);
+  const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size * p.kv_splits;
+  if (checked_blocks(row, blocks) == 0) return 0;
+  return row.launch(&p, stream);
+}
+
+Status run_combine(const CombineParams& p, ElementType element, const Device& device,
+                   Stream stream) {
+  const ElementType partial = p.partial_in_accumulator ? ElementType::kFloat32 : element;
+  for (int i = 0; i < kNumInstances; ++i) {
+    const Instance& row = *kInstances[i];
+    if (std::string("combine") != row.kernel || device.arch < row.arch) continue;
+    if (row.element != element || row.partial != partial) continue;
+    if (p.head_dim_v > 256) fail("combine: expected head_dim_v <= 256, got ", p.head_dim_v);
+    const int64_t rows = p.batch_size * p.seqlen_q * p.num_heads_q;
+    if (checked_blocks(row, ceil_div(rows, 4)) == 0) return 0;
+    return row.launch(&p, stream);
+  }
+  fail("combine: no kernel for ", text_of(element), " from ", text_of(partial),
+       " on compute capability ", device.arch / 10, ".", device.arch % 10);
+}
+
+CombineParams combine_of(const CudaAttentionParams& p) {
+  CombineParams c;
+  c.num_states = p.kv_splits;
+  c.batch_size = p.batch_size;
+  c.seqlen_q = p.seqlen_q;
+  c.num_heads_q = p.num_heads_q;
+  c.head_dim_v = p.head_dim_v;
+  c.out_partial.data = p.out_partial;
+  c.out_partial.head = p.head_dim_v;
+  c.out_partial.seqlen = p.num_heads_q * p.head_dim_v;
+  c.out_partial.batch = p.seqlen_q * c.out_partial.seqlen;
+  c.out_partial_state = p.batch_size * c.out_partial.batch;
+  c.lse_partial = p.lse_partial;
+  c.lse_partial_seqlen = 1;
+  c.lse_partial_head = p.seqlen_q;
+  c.lse_partial_batch = p.num_heads_q * p.seqlen_q;
+  c.lse_partial_state = p.batch_size * c.lse_partial_batch;
+  c.out = p.out;
+  c.lse = p.lse;
+  return c;
+}
+
+}  // namespace flashinfer_lite::cuda

@@ -1,0 +1,265 @@
+// FlashAttention-2 forward on tensor cores (Dao, arXiv 2307.08691), compute capability 8.0 and up.
+//
+//   out = softmax(softmax_scale q k^T + masks) v      lse = log sum exp of the row's scores
+//
+//   q [batch, seqlen_q, num_heads_q, head_dim]    k [batch, seqlen_kv, num_heads_kv, head_dim]
+//   out like q with head_dim_v                    v [batch, seqlen_kv, num_heads_kv, head_dim_v]
+//
+// A thread block owns block_m rows of one (batch, KV head): queries of all heads of the group, so
+// that K and V are read once per group. Each warp owns whole rows and shares nothing but the tiles.
+// Keys stream in blocks from the last visible to the first, counted from the sequence's first slot:
+//
+//   load V(n) | S = Q K(n)^T | load K(n-1) | mask, online softmax | O += P V(n)
+//
+// Blocks that every row sees whole take a step without masking. One buffer each of K and V is
+// enough: V arrives under the first product, the next K under the softmax and the second.
+//
+// Shared memory: Q | K | V, all swizzled; the epilogue passes out through Q's rows.
+#pragma once
+
+#include <algorithm>
+
+#include "common/params/attention_cuda.h"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/epilogue.cuh"
+#include "cuda/tile/exact.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/scheduler.cuh"
+#include "cuda/tile/scores.cuh"
+#include "cuda/tile/softmax.cuh"
+
+namespace flashinfer_lite::attention_fwd {
+
+using Params = CudaAttentionParams;
+
+template <class Cfg>
+struct Traits {
+  using Element = typename Cfg::Element;
+  static constexpr int num_threads = Cfg::num_warps * 32;
+  static constexpr int m_tiles = Cfg::block_m / 16 / Cfg::num_warps;  // of 16 rows, per warp
+  static_assert(m_tiles * 16 * Cfg::num_warps == Cfg::block_m, "warps own whole tiles of rows");
+  static_assert(Cfg::block_n % 16 == 0, "a k step of P V is 16 keys");
+
+  using QTile = tile::SmemTile<Element, Cfg::block_m, Cfg::head_dim>;
+  using KTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
+  using VTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
+  using Scores = tile::Accumulator<m_tiles, Cfg::block_n>;
+  using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
+  static constexpr int smem_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
+};
+
+// What a thread block works on, the same for all of its threads.
+template <class Cfg>
+struct Block {
+  using T = Traits<Cfg>;
+  using Element = typename T::Element;
+
+  __device__ __forceinline__ Block(const Params& params, uint32_t block)
+      : p(params), warp(arch::thread_idx() / 32), lane(arch::thread_idx() % 32) {
+    const tile::ForwardWork work = tile::forward_work(p, block);
+    batch_idx = work.batch_idx;
+    first_row = work.m_block * Cfg::block_m;
+    rows = {work.head_kv, p.group, p.rows};
+    slots = tile::read_key_slots(p, batch_idx);
+    k_head =
+        static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + work.head_kv * p.k.head;
+    v_head =
+        static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + work.head_kv * p.v.head;
+    scale = p.scale_first ? 1.f : static_cast<float>(p.softmax_scale * tile::kLog2E);
+  }
+
+  __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
+  __device__ __forceinline__ typename T::KTile k() const { return {q().base + T::QTile::bytes}; }
+  __device__ __forceinline__ typename T::VTile v() const { return {k().base + T::KTile::bytes}; }
+
+  __device__ __forceinline__ int warp_row() const { return warp * T::m_tiles * 16; }
+  __device__ __forceinline__ int first_key(int n_block) const {
+    return slots.begin + n_block * Cfg::block_n;
+  }
+
+  const Params& p;
+  int warp, lane;
+  int batch_idx;
+  int first_row;  // of the block, among the rows of its KV head
+  tile::PackedRows rows;
+  tile::KeySlots slots;
+  const Element* k_head;
+  const Element* v_head;
+  float scale;  // of S to log2, applied by the exponential
+};
+
+// Blocks of keys, counted from the first visible slot: [first, last) hold a key that some row sees,
+// [full_first, full_last) among them hold only keys that every row sees.
+struct KeyBlocks {
+  int first, full_first, full_last, last;
+};
+
+template <class Cfg>
+__device__ __forceinline__ KeyBlocks key_blocks(const Block<Cfg>& b) {
+  const int last_row = std::min(b.first_row + Cfg::block_m, b.rows.rows) - 1;
+  const int first_query = b.rows[b.first_row].query;
+  const int last_query = b.rows[last_row].query;
+  const Visibility visible = b.slots.visibility(b.p);
+  const KeyRange some = visible.rows(first_query, last_query);
+  if (some.empty()) return {0, 0, 0, 0};
+  const int64_t origin = b.slots.begin;
+  KeyBlocks n;
+  n.first = static_cast<int>((some.begin - origin) / Cfg::block_n);
+  n.last = static_cast<int>((some.end - origin + Cfg::block_n - 1) / Cfg::block_n);
+  const int64_t every_begin = visible.row(last_query).begin - origin;
+  const int64_t every_end = visible.row(first_query).end - origin;
+  n.full_last = std::max(static_cast<int>(every_end / Cfg::block_n), n.first);
+  n.full_first = static_cast<int>((every_begin + Cfg::block_n - 1) / Cfg::block_n);
+  n.full_first = std::max(std::min(n.full_first, n.full_last), n.first);
+  // What scales first has no step without masking.
+  if (b.p.scale_first) n.full_first = n.full_last = n.last;
+  return n;
+}
+
+template <class Cfg>
+__device__ __forceinline__ void load_q(const Block<Cfg>& b) {
+  using Element = typename Cfg::Element;
+  const Element* sequence = static_cast<const Element*>(b.p.q.data) + b.batch_idx * b.p.q.batch;
+  const tile::PackedRowView<const Element> source{sequence, b.p.q.seqlen, b.p.q.head, b.rows,
+                                                  b.first_row};
+  tile::load_rows<Traits<Cfg>::num_threads>(b.q(), source, static_cast<int>(b.p.head_dim),
+                                            b.p.vector_q, arch::thread_idx());
+}
+
+template <class Cfg>
+__device__ __forceinline__ void load_k(const Block<Cfg>& b, int n_block) {
+  const tile::KvRows<typename Cfg::Element> source{b.k_head, b.p.k.seqlen, b.first_key(n_block),
+                                                   b.slots.end};
+  tile::load_rows<Traits<Cfg>::num_threads>(b.k(), source, static_cast<int>(b.p.head_dim),
+                                            b.p.vector_k, arch::thread_idx());
+  arch::cp_async_commit();
+}
+
+template <class Cfg>
+__device__ __forceinline__ void load_v(const Block<Cfg>& b, int n_block) {
+  const tile::KvRows<typename Cfg::Element> source{b.v_head, b.p.v.seqlen, b.first_key(n_block),
+                                                   b.slots.end};
+  tile::load_rows<Traits<Cfg>::num_threads>(b.v(), source, static_cast<int>(b.p.head_dim_v),
+                                            b.p.vector_v, arch::thread_idx());
+  arch::cp_async_commit();
+}
+
+// One block of keys. On entry K(n) has landed and no warp reads V any more; on return the same of
+// K(n - 1). Without kMasked every row sees every key of the block. `exact` minds values that are
+// not finite; the bits of rows that meet only finite ones are the same.
+template <bool kMasked, class Cfg>
+__device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_last, bool exact,
+                                     tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
+                                     typename Traits<Cfg>::Output& acc_o) {
+  using T = Traits<Cfg>;
+  typename T::Scores acc_s;
+  tile::clear(acc_s);
+  load_v(b, n_block);
+  tile::qk_gemm(b.q(), b.warp_row(), b.k(), acc_s, b.lane);
+
+  arch::cp_async_wait<0>();
+  arch::sync_threads();  // V(n) has landed for all; no warp reads K(n) any more
+  if (!is_last) load_k(b, n_block - 1);
+
+  if constexpr (kMasked) {
+    const tile::ScoreOrigin at{b.batch_idx, b.first_row + b.warp_row(), b.first_key(n_block)};
+    if (b.p.scale_first) tile::scale_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
+    tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.slots.end, b.lane);
+  }
+  tile::softmax_step<kMasked>(acc_s, b.scale, state, acc_o);
+  if (kMasked && exact) {
+    tile::add_visible_non_finite(acc_s, b.v(), acc_o, b.lane);
+    arch::sync_threads();  // every warp has seen V(n) as it was
+    tile::zero_non_finite<T::num_threads>(b.v(), arch::thread_idx());
+    arch::sync_threads();  // and now sees it finite
+  }
+  tile::pv_gemm(acc_s, b.v(), acc_o, b.lane);
+
+  arch::cp_async_wait<0>();
+  arch::sync_threads();  // K(n - 1) has landed for all; no warp reads V(n) any more
+}
+
+// All blocks of keys, from the last to the first.
+template <class Cfg>
+__device__ __forceinline__ void attend(const Block<Cfg>& b, const KeyBlocks& blocks, bool exact,
+                                       tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
+                                       typename Traits<Cfg>::Output& acc_o) {
+  state.reset();
+  tile::clear(acc_o);
+  if (blocks.first == blocks.last) return;
+  load_k(b, blocks.last - 1);
+  arch::cp_async_wait<0>();
+  arch::sync_threads();  // Q and the first K have landed for all
+
+#pragma unroll 1
+  for (int n = blocks.last - 1; n >= blocks.first; --n) {
+    const bool is_last = n == blocks.first;
+    if (!exact && n >= blocks.full_first && n < blocks.full_last) {
+      step<false>(b, n, is_last, false, state, acc_o);
+    } else {
+      step<true>(b, n, is_last, exact, state, acc_o);
+    }
+  }
+}
+
+template <class Cfg>
+__device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
+                                              tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
+                                              typename Traits<Cfg>::Output& acc_o) {
+  using Element = typename Cfg::Element;
+  using T = Traits<Cfg>;
+  const Params& p = b.p;
+  float lse[T::m_tiles][2];
+  tile::normalise(state, acc_o, lse);
+  Element* sequence = static_cast<Element*>(p.out.data) + b.batch_idx * p.out.batch;
+  const tile::PackedRowView<Element> target{sequence, p.out.seqlen, p.out.head, b.rows,
+                                            b.first_row};
+  tile::store_rows(acc_o, b.q(), b.warp_row(), target, static_cast<int>(p.head_dim_v), p.vector_out,
+                   b.lane);
+  if (b.lane % 4 != 0) return;  // the quad holds one row
+#pragma unroll
+  for (int m = 0; m < T::m_tiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = b.first_row + b.warp_row() + m * 16 + half * 8 + b.lane / 4;
+      if (!arch::predicate(r < b.rows.rows)) continue;
+      const tile::Row row = b.rows[r];
+      const int64_t at = (b.batch_idx * p.num_heads_q + row.head) * p.seqlen_q + row.query;
+      arch::stg(static_cast<float*>(p.lse) + at, lse[m][half]);
+    }
+  }
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(Traits<Cfg>::num_threads)
+    attention_fwd_sm80(const __grid_constant__ Params p) {
+  const Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
+  const KeyBlocks blocks = key_blocks(b);
+  if (blocks.first != blocks.last) load_q(b);  // travels with the first K
+
+  tile::SoftmaxState<Traits<Cfg>::m_tiles> state;
+  typename Traits<Cfg>::Output acc_o;
+  bool exact = false;
+#pragma unroll 1
+  for (;;) {
+    attend(b, blocks, exact, state, acc_o);
+    if (exact || !arch::sync_threads_or(!tile::all_finite(acc_o))) break;
+    exact = true;  // a value that is not finite was met: once more, with care
+  }
+  store_out_lse(b, state, acc_o);
+}
+
+template <class Config>
+struct Kernel {
+  using Cfg = Config;
+  using Params = attention_fwd::Params;
+  static constexpr int smem_bytes = Traits<Cfg>::smem_bytes;
+
+  static Status launch(const Params& p, Stream stream) {
+    const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
+    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads, smem_bytes};
+    return arch::launch<attention_fwd_sm80<Cfg>>(config, stream, p);
+  }
+};
+
+}  // namespace flashinfer_lite::attention_fwd

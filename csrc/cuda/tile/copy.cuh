@@ -1,0 +1,86 @@
+// Global memory -> shared memory, by rows.
+//
+// A source says where a row is and whether it exists: `const Element* row(int r)`, `bool valid(int
+// r)`, and whether rows lie evenly: `Element* next(Element* row, int r, int rows_on)` goes from row
+// r to row r + rows_on. Rows that do not exist and columns beyond `cols` are zero in the tile.
+// Paged and ragged caches are other sources of the same shape.
+#pragma once
+
+#include "cuda/tile/smem_tile.cuh"
+
+namespace flashinfer_lite::tile {
+
+// Keys or values of one head, `stride` elements apart: row r of the tile is slot first + r.
+template <class Element>
+struct KvRows {
+  const Element* head;  // slot 0
+  int64_t stride;
+  int first;
+  int end;  // slots from here on hold anything
+
+  __device__ __forceinline__ const Element* row(int r) const {
+    return head + int64_t{first + r} * stride;
+  }
+  // An addition, where row() is a 64-bit product.
+  __device__ __forceinline__ const Element* next(const Element* at, int, int rows_on) const {
+    return at + rows_on * stride;
+  }
+  __device__ __forceinline__ bool valid(int r) const { return first + r < end; }
+};
+
+// 16 bytes from an address with only the element's alignment.
+template <class Element>
+__device__ __forceinline__ arch::U32x4 load_unaligned(const Element* p) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      word[i] = arch::ldg(reinterpret_cast<const uint32_t*>(p) + i);
+    } else {
+      const auto* half = reinterpret_cast<const uint16_t*>(p) + 2 * i;
+      const uint32_t low = arch::ldg(half);
+      word[i] = low | static_cast<uint32_t>(arch::ldg(half + 1)) << 16;
+    }
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+
+// Starts the copies of a whole tile by kThreads threads; the caller commits and waits. Where
+// `vector` is false the rows lack 16-byte alignment and are copied through registers at once.
+template <int kThreads, class Tile, class Source>
+__device__ __forceinline__ void load_rows(const Tile& tile, const Source& source, int cols,
+                                          bool vector, int thread) {
+  constexpr int kChunks = Tile::rows * Tile::chunks;
+  static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
+  if (vector) {
+    // A thread keeps its column of chunks, or takes its turn of the columns within each row.
+    constexpr int kRowsOn = kThreads >= Tile::chunks ? kThreads / Tile::chunks : 1;
+    constexpr int kTurns = kThreads >= Tile::chunks ? 1 : Tile::chunks / kThreads;
+    const int first_row = arch::opaque(thread / Tile::chunks);
+    const int first_chunk = thread % Tile::chunks;
+    auto* at = source.row(first_row);
+#pragma unroll
+    for (int i = 0; i < kChunks / kThreads; ++i) {
+      const int row = first_row + i / kTurns * kRowsOn;
+      const int c = first_chunk + i % kTurns * kThreads;
+      const int col = c * Tile::chunk_elements;
+      const bool inside = arch::predicate(source.valid(row) && col < cols);
+      arch::cp_async_16(tile.chunk(row, c), at + col, inside ? 16 : 0);
+      if ((i + 1) % kTurns == 0) at = source.next(at, row, kRowsOn);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread; i < kChunks; i += kThreads) {
+    const int row = i / Tile::chunks;
+    const int c = i % Tile::chunks;
+    const int col = c * Tile::chunk_elements;
+    arch::U32x4 value{0, 0, 0, 0};
+    if (arch::predicate(source.valid(row) && col < cols)) {
+      value = load_unaligned(source.row(row) + col);
+    }
+    arch::sts(tile.chunk(row, c), value);
+  }
+}
+
+}  // namespace flashinfer_lite::tile

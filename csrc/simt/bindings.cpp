@@ -1,0 +1,194 @@
+// Python's access to the kernels on the executor, by way of the host code that the ops use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "common/heuristics.h"
+#include "cuda/dispatch.h"
+#include "simt/module.h"
+
+namespace flashinfer_lite::simt {
+
+namespace {
+
+namespace py = pybind11;
+using cuda::Device;
+using cuda::ElementType;
+using cuda::Instance;
+
+using StridedTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using MaskTuple = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t, int64_t>;
+using LengthsTuple = std::tuple<uintptr_t, bool, int64_t>;
+
+constexpr const char* kElementNames[] = {"float32", "bfloat16", "float16"};
+
+ElementType element_named(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kElementNames[i]) return static_cast<ElementType>(i);
+  }
+  throw std::invalid_argument("expected float32, bfloat16 or float16, got " + name);
+}
+
+template <class Pointer>
+Strided<Pointer> strided(const StridedTuple& x) {
+  const auto& [address, batch, seqlen, head] = x;
+  return {reinterpret_cast<Pointer>(address), batch, seqlen, head};
+}
+
+MaskView mask_view(const MaskTuple& x) {
+  const auto& [address, dtype, batch, head, row, col] = x;
+  const std::pair<const char*, MaskType> types[] = {{"bool", MaskType::kBool},
+                                                    {"float64", MaskType::kFloat64},
+                                                    {"float32", MaskType::kFloat32},
+                                                    {"bfloat16", MaskType::kBFloat16},
+                                                    {"float16", MaskType::kFloat16}};
+  for (const auto& [name, type] : types) {
+    if (dtype == name) {
+      return {reinterpret_cast<const void*>(address), type, batch, head, row, col};
+    }
+  }
+  throw std::invalid_argument("mask: no type is named " + dtype);
+}
+
+LengthsView lengths_view(const LengthsTuple& x) {
+  const auto& [address, is_int64, stride] = x;
+  return {reinterpret_cast<const void*>(address), is_int64, stride};
+}
+
+py::dict instance_dict(const Instance& row) {
+  py::dict values;
+  values["name"] = row.name;
+  values["kernel"] = row.kernel;
+  values["arch"] = row.arch;
+  values["dtype"] = kElementNames[static_cast<int>(row.element)];
+  values["partial"] = kElementNames[static_cast<int>(row.partial)];
+  values["head_dim"] = row.head_dim;
+  values["block_m"] = row.block_m;
+  values["block_n"] = row.block_n;
+  values["num_warps"] = row.num_warps;
+  values["num_stages"] = row.num_stages;
+  values["smem_bytes"] = row.smem_bytes;
+  return values;
+}
+
+template <class Params, class Pointer>
+void bind_strided(py::class_<Params>& c, const char* name, Strided<Pointer> Params::* member) {
+  c.def_property(
+      name, [](const Params&) { return py::none(); },
+      [member](Params& p, const StridedTuple& x) { p.*member = strided<Pointer>(x); });
+}
+
+template <class Params, class Pointer>
+void bind_address(py::class_<Params>& c, const char* name, Pointer Params::* member) {
+  c.def_property(
+      name, [](const Params&) { return py::none(); },
+      [member](Params& p, uintptr_t address) { p.*member = reinterpret_cast<Pointer>(address); });
+}
+
+void bind_attention_params(py::module_& m) {
+  using P = CudaAttentionParams;
+  py::class_<P> c(m, "AttentionParams");
+  c.def(py::init<>())
+      .def_readwrite("batch_size", &P::batch_size)
+      .def_readwrite("seqlen_q", &P::seqlen_q)
+      .def_readwrite("seqlen_kv", &P::seqlen_kv)
+      .def_readwrite("num_heads_q", &P::num_heads_q)
+      .def_readwrite("num_heads_kv", &P::num_heads_kv)
+      .def_readwrite("head_dim", &P::head_dim)
+      .def_readwrite("head_dim_v", &P::head_dim_v)
+      .def_readwrite("window_left", &P::window_left)
+      .def_readwrite("window_right", &P::window_right)
+      .def_readwrite("softmax_scale", &P::softmax_scale)
+      .def_readwrite("softcap", &P::softcap)
+      .def_readonly("kv_splits", &P::kv_splits)
+      .def("set_top_left", [](P& p) { p.alignment = Alignment::kTopLeft; })
+      .def("set_mask", [](P& p, const MaskTuple& x) { p.mask = mask_view(x); })
+      .def("set_kv_start", [](P& p, const LengthsTuple& x) { p.device_kv_start = lengths_view(x); })
+      .def("set_seqlens_kv",
+           [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); });
+  bind_strided<P, const void*>(c, "q", &P::q);
+  bind_strided<P, const void*>(c, "k", &P::k);
+  bind_strided<P, const void*>(c, "v", &P::v);
+  bind_strided<P, void*>(c, "out", &P::out);
+  bind_address<P, void*>(c, "lse", &P::lse);
+  bind_address<P, void*>(c, "out_partial", &P::out_partial);
+  bind_address<P, void*>(c, "lse_partial", &P::lse_partial);
+}
+
+void bind_combine_params(py::module_& m) {
+  using P = CombineParams;
+  py::class_<P> c(m, "CombineParams");
+  c.def(py::init<>())
+      .def_readwrite("num_states", &P::num_states)
+      .def_readwrite("batch_size", &P::batch_size)
+      .def_readwrite("seqlen_q", &P::seqlen_q)
+      .def_readwrite("num_heads_q", &P::num_heads_q)
+      .def_readwrite("head_dim_v", &P::head_dim_v)
+      .def_readwrite("partial_in_accumulator", &P::partial_in_accumulator)
+      .def_readwrite("out_partial_state", &P::out_partial_state)
+      .def("set_lse_partial",
+           [](P& p, uintptr_t address, int64_t state, int64_t batch, int64_t head, int64_t seqlen) {
+             p.lse_partial = reinterpret_cast<const void*>(address);
+             p.lse_partial_state = state;
+             p.lse_partial_batch = batch;
+             p.lse_partial_head = head;
+             p.lse_partial_seqlen = seqlen;
+           });
+  bind_strided<P, const void*>(c, "out_partial", &P::out_partial);
+  bind_strided<P, void*>(c, "out", &P::out);
+  bind_address<P, void*>(c, "lse", &P::lse);
+}
+
+void bind_choices(py::module_& m) {
+  py::class_<Device>(m, "Device")
+      .def(py::init<int, int, int64_t, int64_t, int64_t>(), py::arg("arch"), py::arg("num_sms"),
+           py::arg("smem_optin"), py::arg("smem_per_sm"), py::arg("l2_bytes"));
+  py::class_<cuda::DecodePlan>(m, "DecodePlan")
+      .def_readonly("kv_splits", &cuda::DecodePlan::kv_splits)
+      .def_readonly("keys_per_split", &cuda::DecodePlan::keys_per_split)
+      .def_property(
+          "instance", [](const cuda::DecodePlan& plan) { return plan.instance->name; },
+          [](cuda::DecodePlan& plan, const std::string& name) {
+            plan.instance = &cuda::instance_named(name);
+          });
+  m.def("choose_attention", [](const std::string& kernel, const std::string& dtype,
+                               int64_t head_dim, int64_t head_dim_v, const Device& device) {
+    const auto element = element_named(dtype);
+    return cuda::choose_attention(kernel, element, head_dim, head_dim_v, device).name;
+  });
+  m.def("plan_decode", [](const CudaAttentionParams& p, const std::string& dtype,
+                          const Device& device, int64_t kv_splits, bool batch_invariant) {
+    return cuda::plan_decode(p, element_named(dtype), device, kv_splits, batch_invariant);
+  });
+  m.def("cuda_kv_splits", &cuda_kv_splits, py::arg("work"), py::arg("slots"), py::arg("longest"));
+  m.def("heads_per_section", &heads_per_section, py::arg("heads"), py::arg("bytes_per_head"),
+        py::arg("l2_bytes"));
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& m) {
+  bind_attention_params(m);
+  bind_combine_params(m);
+  bind_choices(m);
+  m.def("instances", [] {
+    py::list rows;
+    for (int i = 0; i < cuda::kNumInstances; ++i) rows.append(instance_dict(*cuda::kInstances[i]));
+    return rows;
+  });
+  m.def("attention_fwd", [](CudaAttentionParams& p, const std::string& name, const Device& device) {
+    return cuda::run_attention_fwd(p, cuda::instance_named(name), device, nullptr);
+  });
+  m.def("decode", [](CudaAttentionParams& p, const cuda::DecodePlan& plan) {
+    return cuda::run_decode(p, plan, nullptr);
+  });
+  m.def("combine", [](const CombineParams& p, const std::string& dtype, const Device& device) {
+    return cuda::run_combine(p, element_named(dtype), device, nullptr);
+  });
+  m.def("combine_of", &cuda::combine_of);
+}
+
+}  // namespace flashinfer_lite::simt
