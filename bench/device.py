@@ -6,11 +6,11 @@ at most, and how to describe it. `machine.Cpu` is the third of the kind.
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 
 import torch
+from smi import smi
 
 GRAPH_BELOW_S = 50e-6  # shorter calls are timed inside a CUDA graph: launching them takes as long
 GRAPH_CALLS = 20  # of a warm call in one graph; a cold one needs as many as there are copies
@@ -20,26 +20,6 @@ MATMUL_SIZE = 8192
 COPY_BYTES = 2 << 30
 LIMIT_REPEATS = 10
 DRIFT = 0.1  # of the limits from the run's start to its end, before it is worth a warning
-SMI_FIELDS = (
-    "driver_version",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "power.draw",
-    "power.limit",
-    "temperature.gpu",
-)
-
-
-def smi(fields: tuple[str, ...] = SMI_FIELDS) -> dict[str, str]:
-    """Return what nvidia-smi reads now; empty without it."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = done.stdout.strip().splitlines()[0].split(", ")
-    return dict(zip(fields, values, strict=False))
 
 
 def median(values: list[float]) -> float:

@@ -1,0 +1,98 @@
+"""Small calls of every kernel and feature, each checked: what runs under compute-sanitizer.
+
+python scripts/gpu/cases.py --device cuda
+
+Few and small, because a sanitizer slows a kernel a hundredfold; odd sizes, because those have the
+tails and the guards.
+"""
+
+import argparse
+import functools
+import sys
+
+import torch
+
+from flashinfer_lite import attention, decode, merge_states, reference
+from flashinfer_lite.testing import assert_close, check_forward, make_mask, make_qkv
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def lengths(device, *values):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def attention_cases(device):
+    """Yield (name, op, q, k, v, arguments)."""
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        for head_dim in (64, 128, 256):
+            q, k, v = make_qkv(1, 67, 131, 2, 1, head_dim, dtype=dtype, device=device)
+            yield f"attention {dtype} {head_dim}", attention, q, k, v, {"causal": True}
+    q, k, v = make_qkv(2, 37, 53, 4, 2, 72, 40, dtype=BFLOAT16, device=device)
+    ends, starts = lengths(device, 53, 20), lengths(device, 2, 20)
+    for name, arguments in {
+        "window": {"window": (9, 4), "causal": True},
+        "lengths": {"seqlens_kv": ends, "kv_start": starts, "causal": "top_left"},
+        "softcap": {"softcap": 8.0},
+        "mask": {"mask": make_mask("additive_inf", (4, 37, 53), device=device)},
+        "bool mask": {"mask": make_mask("bool", (2, 1, 1, 53), device=device)},
+    }.items():
+        yield f"attention {name}", attention, q, k, v, arguments
+    for layout in ("misaligned", "capacity", "fused", "expand"):
+        tensors = make_qkv(2, 33, 33, 2, 2, 64, dtype=FLOAT16, device=device, layout=layout)
+        yield f"attention {layout}", attention, *tensors, {"causal": True}
+
+
+def decode_cases(device):
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        for head_dim in (64, 128, 256):
+            tensors = make_qkv(2, 1, 261, 8, 2, head_dim, dtype=dtype, device=device)
+            for kv_splits in (1, 3):
+                op = functools.partial(decode, kv_splits=kv_splits)
+                yield f"decode {dtype} {head_dim} splits {kv_splits}", op, *tensors, {}
+    q, k, v = make_qkv(3, 3, 300, 6, 2, 40, 72, dtype=BFLOAT16, device=device, layout="capacity")
+    ends = lengths(device, 300, 0, 129)
+    for name, op in {
+        "lengths": functools.partial(decode, kv_splits=7),
+        "invariant": functools.partial(decode, batch_invariant=True),
+    }.items():
+        yield f"decode {name}", op, q, k, v, {"seqlens_kv": ends, "causal": True}
+
+
+def run_merge(device):
+    for dtype in (BFLOAT16, FLOAT32):
+        outs = torch.randn(5, 2, 3, 4, 72, device=device).to(dtype)
+        lses = torch.randn(5, 2, 4, 3, device=device)
+        lses[2], lses[:, 1, 0] = -torch.inf, -torch.inf
+        out, _ = merge_states(outs, lses)
+        oracle, _ = reference.merge_states(outs.double(), lses.double())
+        assert_close(out, oracle, reference.merge_states(outs, lses)[0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--few", action="store_true", help="one case of each op")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    failures = count = 0
+    for cases in (attention_cases(device), decode_cases(device)):
+        for name, op, q, k, v, options in cases:
+            count += 1
+            try:
+                check_forward(op, q, k, v, **options)
+            except AssertionError as error:
+                failures += 1
+                print(f"{name}: {error}", flush=True)
+            if arguments.few:
+                break
+    run_merge(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count + 1} cases ran, {failures} wrong", flush=True)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""scripts/test_gpu.py without a GPU: what it refuses, its arithmetic, a dry run of all of it."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "test_gpu.py"
+STAGES = ["doctor", "tests", "golden", "sanitizer", "graph", "bench"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import test_gpu.py or a module of scripts/gpu by name, and forget it afterwards."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name in ("gpu", "test_gpu", "smi") or name.startswith("gpu."):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "FLASHINFER_LITE_COMMIT": "abc"}
+    return script("gpu.stages").Run(tmp_path, environment, dry=True)
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def test_a_dry_run_walks_every_stage(device, tmp_path):
+    done = start("--dry-run", "--commit", "abc123", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu-none-dry-run.json").read_text())
+    assert result["schema"] == 1 and result["dry_run"] and result["commit"] == "abc123"
+    assert [stage["stage"] for stage in result["stages"]] == STAGES
+    for stage in result["stages"]:
+        assert stage["status"] == "passed" and stage["seconds"] <= stage["limit_s"], stage
+        assert stage["summary"] and stage["summary"] in done.stdout
+    assert result["machine"]["self_test"] and set(result["clocks"]) == {"before", "after"}
+    assert len(result["sources_sha256"]) == 64 and result["libraries_sha256"]["_C_cpu.abi3.so"]
+    assert {row["op"] for row in result["rows"]} == {"attention", "decode"}
+    assert len(result["comparisons"]) == 3
+    assert "x flash" in done.stdout and "of 3 problems" in done.stdout
+    logs = (tmp_path / "gpu-logs.txt").read_text()
+    assert all(f"==== {name}\n" in logs for name in ("doctor", "tests", "golden", "bench"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_one_line_says_what_is_missing(device):
+    done = start()
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("test-gpu: no GPU") and done.stderr.count("\n") == 1
+    assert "docs/gpu.md" in done.stderr
+
+
+def test_unknown_stages_are_refused(device):
+    for stages in ("doctor,nosuch", ","):
+        done = start("--stage", stages)
+        assert done.returncode == 2 and "--stage: expected some of doctor, tests" in done.stderr
+
+
+def test_the_limits_fit_into_one_call(device, script):
+    stages = script("gpu.stages")
+    assert list(stages.STAGES) == STAGES
+    assert sum(limit for _, limit in stages.STAGES.values()) <= script("test_gpu").BUDGET_S == 540
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in stages.TEST_FILES)
+
+
+def test_a_failed_stage_stops_no_other(device, script, run, capsys, monkeypatch, tmp_path):
+    module, stages = script("test_gpu"), script("gpu.stages")
+
+    def breaks(run, seconds):
+        raise OSError("disk full")
+
+    def passes(run, seconds):
+        return stages.outcome(True, "fine")
+
+    monkeypatch.setattr(stages, "STAGES", {"first": (breaks, 5), "second": (passes, 5)})
+    args = module.parse_arguments(["--dry-run", "--output", str(tmp_path / "r.json")])
+    assert args.stages == ["first", "second"]
+    assert module.verify(args, run) == 1
+    outcomes = json.loads((tmp_path / "r.json").read_text())["stages"]
+    assert [o["status"] for o in outcomes] == ["failed", "passed"]
+    assert outcomes[0]["summary"] == "OSError: disk full"
+    args.budget = 0
+    assert module.verify(args, run) == 1
+    assert "no time left of --budget" in capsys.readouterr().out
+
+
+def test_a_command_out_of_time_is_killed_with_its_children(device, run, capsys):
+    child = "import os, time; os.fork(); print('begun', flush=True); time.sleep(60)"
+    started = time.monotonic()
+    assert run.command("slow", [sys.executable, "-c", child], 3) is None
+    assert time.monotonic() - started < 30
+    assert "begun" in run.logs["slow"]
+    assert "slow: out of time" in capsys.readouterr().out
+    assert run.command("wrong", [sys.executable, "-c", "raise SystemExit(7)"], 30) == 7
+
+
+def test_libraries_are_required_and_their_age_is_known(device, script, run, monkeypatch, tmp_path):
+    module = script("test_gpu")
+    libraries = [tmp_path / "_C_cpu.abi3.so", tmp_path / "_C_cuda.abi3.so"]
+    monkeypatch.setattr(module, "LIBRARIES", libraries)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    libraries[0].touch()
+    for prebuilt, text in ((True, "no _C_cuda.abi3.so"), (False, "no nvcc to build it")):
+        with pytest.raises(module.Missing, match=text):
+            module.require_libraries(run, prebuilt)
+    libraries[1].touch()
+    module.require_libraries(run, prebuilt=False)
+    os.utime(libraries[1], (0, 0))
+    with pytest.raises(module.Missing, match=r"_C_cuda.abi3.so \(stale\)"):
+        module.require_libraries(run, prebuilt=False)
+    module.require_libraries(run, prebuilt=True)
+
+
+def row(impl, seconds, roofline=0.5, **change):
+    problem = {"op": "attention", "shape": "a", "causal": True, "dtype": "bfloat16"}
+    rates = {"flops_per_s": 1e12 / seconds, "bytes_per_s": 1e12, "mode": "events"}
+    return problem | rates | {"impl": impl, "seconds": seconds, "roofline": roofline} | change
+
+
+def test_comparisons_take_the_fastest_of_each_rival(device, script):
+    report = script("gpu.report")
+    rows = [row("ours", 2.0), row("sdpa-flash", 5.0), row("sdpa-flash-packed", 3.0)]
+    rows += [row("sdpa-cudnn", 1.0), row("sdpa-flash", 4.0, shape="ours is wrong here")]
+    rows += [row("ours", 1.0, op="decode", causal=False), row("ours-bhsd", 0.5, op="decode")]
+    first, second = report.comparisons(rows)
+    assert first["speed"] == {"sdpa-flash": 1.5, "sdpa-cudnn": 0.5}
+    assert second["op"] == "decode" and second["speed"] == {}
+    text = report.bench_table([first, second])
+    assert "0.50 <" in text and "slower than a rival on 1 of 2 problems" in text
+    assert "attention a causal" in text and "decode a " in text
+
+
+def test_a_pytest_report_is_read(device, script, tmp_path):
+    stages, path = script("gpu.stages"), tmp_path / "junit.xml"
+    assert stages.read_junit(path)["missing"]
+    path.write_text(
+        '<testsuites><testsuite tests="4" failures="1" errors="0" skipped="1">'
+        '<testcase classname="tests.test_a" name="test_x[1]"/>'
+        '<testcase classname="tests.test_a" name="test_y"><failure message="out: max&#10;x"/>'
+        "</testcase></testsuite></testsuites>"
+    )
+    found = stages.read_junit(path)
+    assert found["failed"] == [{"test": "tests.test_a::test_y", "message": "out: max"}]
+    assert stages.counted(found) == "2 passed, 1 failed"
+
+
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", True),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
+        ("========= ERROR SUMMARY: 10 errors\n", False),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n", False),
+        ("the tool did not start\n", False),
+    ],
+)
+def test_only_a_summary_of_nothing_is_clean(device, script, text, clean):
+    assert bool(script("gpu.stages").CLEAN.search(text)) == clean
+
+
+def test_the_sanitizer_stage_believes_no_tool_that_misses_a_planted_error(
+    device, script, run, monkeypatch, tmp_path
+):
+    stages = script("gpu.stages")
+    tool, proof = tmp_path / "compute-sanitizer", tmp_path / "planted"
+    run.dry = False
+    monkeypatch.setattr(stages.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(stages.planted, "build", lambda run: proof)
+    for bites in (True, False):
+        status = 86 if bites else 0
+        tool.write_text(
+            f'#!/bin/sh\ncase "$*" in *{proof}*) exit {status};; esac\n'
+            "echo ERROR SUMMARY: 0 errors\n"
+        )
+        tool.chmod(0o755)
+        found = stages.sanitizer(run, 60)
+        assert found["status"] == ("passed" if bites else "failed")
+        assert ("found" if bites else "MISSED") in found["summary"]
+    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
+    assert stages.sanitizer(run, 60)["status"] == "skipped"
+
+
+def test_the_results_name_the_gpu(device, script, monkeypatch, tmp_path):
+    module = script("test_gpu")
+    monkeypatch.delenv("OUT", raising=False)
+    args = module.parse_arguments([])
+    path, log = module.output_paths(args, "NVIDIA H100 80GB HBM3")
+    assert path == ROOT / "bench" / "results" / "gpu-h100-80gb-hbm3.json"
+    assert log == ROOT / "build" / "gpu-logs.txt"
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert module.output_paths(args, "NVIDIA H200")[0] == tmp_path / "gpu-h200.json"
