@@ -21,14 +21,11 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   if (finish_without_keys(outputs, p.seqlen_kv)) return {outputs.out, outputs.lse};
 
   const CudaContext context(q);
-  const cuda::ElementType element = cuda_element_type(q.scalar_type());
-  const Status status = cuda::run_attention_fwd(p, element, context.device, context.stream);
-  if (status != 0) {
-    fail_launch(
-        status,
-        cuda::choose_attention("attention_fwd", element, p.head_dim, p.head_dim_v, context.device),
-        p.batch_size * p.num_heads_kv * p.num_m_blocks);
-  }
+  const cuda::Instance& instance =
+      cuda::choose_attention("attention_fwd", cuda_element_type(q.scalar_type()), p.head_dim,
+                             p.head_dim_v, context.device);
+  const Status status = cuda::run_attention_fwd(p, instance, context.device, context.stream);
+  check_launch(status, instance, p.batch_size * p.num_heads_kv * p.num_m_blocks);
   return {outputs.out, outputs.lse};
 }
 

@@ -67,7 +67,8 @@ inline Outputs prepare_merge(CombineParams& c, const Tensor& outs, const Tensor&
 inline bool prepare_plan(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::string& kernel, int64_t longest, int64_t kv_splits,
                          DeviceType backend) {
-  set_params(p, {q, k, v, {}, {}, {}, 1.0, 0.0, 0, -1, -1}, backend);
+  const std::optional<Tensor> none;
+  set_params(p, {q, k, v, none, none, none, 1.0, 0.0, 0, -1, -1}, backend);
   const bool is_decode = kernel == "decode";
   check(is_decode || kernel == "attention_fwd", "kernel: expected attention_fwd or decode, got ",
         kernel);

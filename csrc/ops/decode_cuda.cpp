@@ -28,11 +28,9 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
     p.out_partial = out_partial->data_ptr();
     p.lse_partial = lse_partial->data_ptr();
   }
-  const Status status = cuda::run_decode(p, plan, element, context.stream);
-  if (status != 0) {
-    fail_launch(status, *plan.instance,
-                p.batch_size * p.num_heads_kv * p.num_m_blocks * p.kv_splits);
-  }
+  const Status status = cuda::run_decode(p, plan, context.stream);
+  check_launch(status, *plan.instance,
+               p.batch_size * p.num_heads_kv * p.num_m_blocks * p.kv_splits);
   if (plan.kv_splits > 1) {
     const CombineParams c = cuda::combine_of(p);
     check_combine(cuda::run_combine(c, element, context.device, context.stream), c);

@@ -168,9 +168,10 @@ bool finish_without_keys(Outputs& outputs, int64_t num_keys) {
   return true;
 }
 
-void fail_launch(Status status, const cuda::Instance& instance, int64_t blocks) {
-  fail(instance.name, ": launch failed: ", error_text(status), " (", blocks, " blocks of ",
-       32 * instance.num_warps, " threads with ", instance.smem_bytes, " bytes of shared memory)");
+void check_launch(Status status, const cuda::Instance& instance, int64_t blocks) {
+  check(status == cudaSuccess, instance.name, ": launch failed: ", error_text(status), " (", blocks,
+        " blocks of ", 32 * instance.num_warps, " threads with ", instance.smem_bytes,
+        " bytes of shared memory)");
 }
 
 void check_combine(Status status, const CombineParams& p) {

@@ -28,7 +28,8 @@ void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args);
 // True if no kernel has to run: there are no rows, or none has a key and the outputs are filled.
 bool finish_without_keys(Outputs& outputs, int64_t num_keys);
 
-[[noreturn]] void fail_launch(Status status, const cuda::Instance& instance, int64_t blocks);
+// Throw if a launch failed, saying what was launched.
+void check_launch(Status status, const cuda::Instance& instance, int64_t blocks);
 void check_combine(Status status, const CombineParams& p);
 
 // Counts one call for cuda_stats().
