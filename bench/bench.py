@@ -139,7 +139,8 @@ def measure(op: str, shape: Shape, dtype_name: str, args, machine, limits) -> li
         )
     price = cost(shape, op, dtype.itemsize)
     rows = []
-    for name, mode, samples in zip(found, modes, times, strict=True):
+    for (name, candidate), mode, samples in zip(found.items(), modes, times, strict=True):
+        chosen = candidate.explain() if candidate.explain else None
         median = quantile(samples, 0.5)
         rows.append(
             {
@@ -148,6 +149,8 @@ def measure(op: str, shape: Shape, dtype_name: str, args, machine, limits) -> li
                 "causal": shape.causal,
                 "dtype": dtype_name,
                 "impl": name,
+                "kernel": chosen and chosen.kernel,
+                "kv_splits": chosen and chosen.kv_splits,
                 "cold": cold,
                 "mode": mode,
                 "rounds": len(samples),

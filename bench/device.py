@@ -13,7 +13,7 @@ import torch
 from smi import smi
 
 GRAPH_BELOW_S = 50e-6  # shorter calls are timed inside a CUDA graph: launching them takes as long
-GRAPH_CALLS = 20  # of a warm call in one graph; a cold one needs as many as there are copies
+GRAPH_CALLS = 20  # in one graph; more where there are more copies of the inputs
 HOST_CALLS = 200
 OCCUPY_CYCLES = 400_000  # about 0.2 ms in which the host gets ahead of the GPU
 MATMUL_SIZE = 8192
@@ -166,7 +166,8 @@ class Gpu:
         if median([events() for _ in range(5)]) >= GRAPH_BELOW_S:
             return "events", events
         try:
-            return "graph", self.by_graph(run, copies if copies > 1 else GRAPH_CALLS)
+            # Whole turns through the copies, and long enough for the start not to count.
+            return "graph", self.by_graph(run, copies * max(1, GRAPH_CALLS // copies))
         except RuntimeError as error:
             self.synchronize()
             print(f"  no graph of this one: {str(error).splitlines()[0]}")

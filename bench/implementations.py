@@ -41,12 +41,14 @@ class Candidate:
     """One way to compute the op.
 
     ``run`` is what is timed; ``outputs`` returns the results in our layout, untimed:
-    (out,) or (dq, dk, dv), each [batch, seqlen, heads, head_dim].
+    (out,) or (dq, dk, dv), each [batch, seqlen, heads, head_dim]. ``explain`` is ours to say which
+    kernel, tile and splits it takes.
     """
 
     name: str
     run: Callable
     outputs: Callable[[], tuple[torch.Tensor, ...]]
+    explain: Callable | None = None
 
 
 def make_inputs(
@@ -146,7 +148,8 @@ def _forward(shape: Shape, q, k, v):
     def ours():
         return flashinfer_lite.attention(q, k, v, **options)
 
-    yield Candidate("ours", ours, lambda: (ours(),))
+    explain = functools.partial(flashinfer_lite.explain, "attention", q, k, v, **options)
+    yield Candidate("ours", ours, lambda: (ours(),), explain)
     qh, kh, vh = _bhsd(q), _bhsd(k), _bhsd(v)
     gqa = shape.group_size > 1
 
@@ -186,12 +189,14 @@ def _flex(shape: Shape, device: torch.device, gqa: bool) -> Callable:
 
 def _forward_on_gpu(shape: Shape, q, k, v):
     mask = _sdpa_mask(shape, q.device)
+    options = {"causal": shape.causal, "window": window_of(shape)}
     gqa = shape.group_size > 1
 
     def ours():
-        return flashinfer_lite.attention(q, k, v, causal=shape.causal, window=window_of(shape))
+        return flashinfer_lite.attention(q, k, v, **options)
 
-    yield Candidate("ours", ours, lambda: (ours(),))
+    explain = functools.partial(flashinfer_lite.explain, "attention", q, k, v, **options)
+    yield Candidate("ours", ours, lambda: (ours(),), explain)
     qh, kh, vh = _bhsd(q), _bhsd(k), _bhsd(v)
     runs = {
         name: functools.partial(_on, backend, qh, kh, vh, enable_gqa=gqa, **mask)
@@ -260,8 +265,11 @@ def _our_decode(shape: Shape, q, k, v, copies: int):
         k, v = next(sdpa_kv)
         return flashinfer_lite.decode(q, k.transpose(1, 2), v.transpose(1, 2))
 
+    def explain():
+        return flashinfer_lite.explain("decode", q, *next(ours_kv))
+
     return sdpa_kv, (
-        Candidate("ours", ours, lambda: (ours(),)),
+        Candidate("ours", ours, lambda: (ours(),), explain),
         Candidate("ours-bhsd", ours_bhsd, lambda: (ours_bhsd(),)),
     )
 

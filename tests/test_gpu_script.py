@@ -129,6 +129,7 @@ def test_libraries_are_required_and_their_age_is_known(device, script, run, monk
 def row(impl, seconds, roofline=0.5, **change):
     problem = {"op": "attention", "shape": "a", "causal": True, "dtype": "bfloat16"}
     rates = {"flops_per_s": 1e12 / seconds, "bytes_per_s": 1e12, "mode": "events"}
+    rates |= {"kernel": "a_kernel", "kv_splits": 3}
     return problem | rates | {"impl": impl, "seconds": seconds, "roofline": roofline} | change
 
 
@@ -142,7 +143,7 @@ def test_comparisons_take_the_fastest_of_each_rival(device, script):
     assert second["op"] == "decode" and second["speed"] == {}
     text = report.bench_table([first, second])
     assert "0.50 <" in text and "slower than a rival on 1 of 2 problems" in text
-    assert "attention a causal" in text and "decode a " in text
+    assert "attention a causal" in text and "decode a " in text and "a_kernel x3" in text
 
 
 def test_a_pytest_report_is_read(device, script, tmp_path):
@@ -193,6 +194,40 @@ def test_the_sanitizer_stage_believes_no_tool_that_misses_a_planted_error(
         assert ("found" if bites else "MISSED") in found["summary"]
     monkeypatch.setattr(stages.shutil, "which", lambda name: None)
     assert stages.sanitizer(run, 60)["status"] == "skipped"
+
+
+def pytest_on_cuda(*arguments, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command += arguments
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_what_cannot_run_on_cuda_is_deselected_by_reason(device):
+    files = ["tests/test_decode.py", "tests/test_regressions.py", "tests/test_errors.py"]
+    done = pytest_on_cuda("--collect-only", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for reason in ("refuse float64 by name", "CUDA has none yet", "under FLASHINFER_LITE_CHECK=1"):
+        assert f"{reason}" in done.stdout
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(names) > 300 and not any("[cuda-float64" in name for name in names)
+    assert any("test_float64_on_cuda_is_refused" in name for name in names)
+    assert sum("test_forcing_an_absent_level" in name for name in names) == 1
+
+
+def test_an_asynchronous_error_is_blamed_on_its_test_and_ends_the_process(device, tmp_path):
+    (tmp_path / "broken_gpu.py").write_text(
+        "import torch\n"
+        "def synchronize(*_):\n"
+        "    raise RuntimeError('CUDA error: an illegal memory access')\n"
+        "torch.cuda.synchronize = synchronize\n"
+    )
+    chosen = ["-p", "broken_gpu", "-k", "have_not_landed", "tests/test_errors.py"]
+    done = pytest_on_cuda(*chosen, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 3
+    assert "attention_varlen" in done.stdout and "illegal memory access" in done.stdout
+    assert "1 passed" in done.stdout
 
 
 def test_the_results_name_the_gpu(device, script, monkeypatch, tmp_path):

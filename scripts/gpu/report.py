@@ -54,6 +54,8 @@ def comparisons(rows: list[dict]) -> list[dict]:
                 "dtype": dtype,
                 "seconds": ours["seconds"],
                 "mode": ours["mode"],
+                "kernel": ours["kernel"],
+                "kv_splits": ours["kv_splits"],
                 "flops_per_s": ours["flops_per_s"],
                 "bytes_per_s": ours["bytes_per_s"],
                 "roofline": ours["roofline"],
@@ -74,7 +76,7 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 def bench_table(found: list[dict]) -> str:
     """Our row of every problem; a speed below 1 has a mark, and those are counted below."""
     heads = ["problem", "us", "mode", "TFLOP/s", "TB/s", "roofline"]
-    heads += [f"x {rival.removeprefix('sdpa-')}" for rival in RIVALS]
+    heads += [*(f"x {rival.removeprefix('sdpa-')}" for rival in RIVALS), "kernel"]
     lines, slower = [], 0
     for one in found:
         mask = "" if one["op"] != "attention" else " causal" if one["causal"] else " full"
@@ -89,6 +91,7 @@ def bench_table(found: list[dict]) -> str:
                 f"{one['bytes_per_s'] / 1e12:.3g}",
                 "-" if one["op"] == "overhead" else f"{100 * one['roofline']:.0f} %",
                 *("-" if c is None else f"{c:.2f}{' <' if c < 1 else ''}" for c in cells),
+                f"{one['kernel']} x{one['kv_splits']}",
             ]
         )
     return table(heads, lines) + f"\nslower than a rival on {slower} of {len(found)} problems (<)"
