@@ -44,9 +44,8 @@ void report_fault(Block& block, void* address) {
   const Buffer* near = block.session.memory().nearest(address, 1u << 20);
   const std::string where = near == nullptr ? "" : ", near the buffer " + near->name;
   report(Kind::kFault, lane.site,
-         "memory fault at %p%s; this is the last place where the thread "
-         "was seen",
-         address, where.c_str());
+         "memory fault at %p%s; this is the last place where the thread was seen", address,
+         where.c_str());
 }
 
 }  // namespace
@@ -118,6 +117,7 @@ void Block::reset(uint32_t block_index) {
     warp.live = warp.exist;
     warp.ready = warp.exist;
     warp.parked = 0;
+    warp.polling = 0;
     warp.index = i;
     warp.lanes = &lanes[32 * i];
     warp.log.clear();

@@ -33,6 +33,8 @@ namespace flashinfer_lite::simt {
 
 namespace {
 constexpr size_t kPage = 4096;
+// Wider than any frame, so that no frame reaches over it into the next stack.
+constexpr size_t kGuardBytes = 64 * 1024;
 constexpr int kSavedRegisters = 6;
 // Stack tops are shifted against each other: frames at one offset of every page would all fall into
 // the same L1 sets, and a switch would cost twice as much.
@@ -43,13 +45,13 @@ constexpr size_t kColorBytes = 576;
 FiberStacks::FiberStacks(int count, size_t usable_bytes)
     : count_(count),
       usable_bytes_(usable_bytes),
-      stride_((usable_bytes + kColors * kColorBytes + kPage - 1) / kPage * kPage + kPage),
+      stride_((usable_bytes + kColors * kColorBytes + kPage - 1) / kPage * kPage + kGuardBytes),
       mapped_bytes_(stride_ * count) {
   void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<uint8_t*>(memory);
-  for (int i = 0; i < count; i++) mprotect(base_ + i * stride_, kPage, PROT_NONE);
+  for (int i = 0; i < count; i++) mprotect(base_ + i * stride_, kGuardBytes, PROT_NONE);
 }
 
 FiberStacks::~FiberStacks() { munmap(base_, mapped_bytes_); }
@@ -70,10 +72,9 @@ bool FiberStacks::contains(const void* address) const {
 }
 
 bool FiberStacks::overflows(int index, const void* address) const {
-  constexpr size_t kLargestFrame = size_t{1} << 20;
   const uint8_t* p = static_cast<const uint8_t*>(address);
-  const uint8_t* bottom = base_ + index * stride_ + kPage;
-  return p < bottom && p + kLargestFrame >= bottom;
+  const uint8_t* guard = base_ + index * stride_;
+  return p >= guard && p < guard + kGuardBytes;
 }
 
 }  // namespace flashinfer_lite::simt

@@ -13,7 +13,7 @@ extern "C" void flashinfer_lite_simt_swap(void** save, void* to);
 
 namespace flashinfer_lite::simt {
 
-// One stack per CUDA thread, each above an unmapped page.
+// One stack per CUDA thread, each above an unmapped range.
 class FiberStacks {
  public:
   FiberStacks(int count, size_t usable_bytes);
@@ -28,7 +28,7 @@ class FiberStacks {
   void* prepare(int index, void (*entry)()) const;
 
   bool contains(const void* address) const;
-  // Is the address below stack `index`, but not far: in its guard page, or beyond?
+  // Is the address in the unmapped range below stack `index`?
   bool overflows(int index, const void* address) const;
 
  private:

@@ -28,9 +28,15 @@ void count_global(const void* p, int bytes, Access access, Site site) {
                               reinterpret_cast<uintptr_t>(p), bytes);
 }
 
+bool check_alignment(const void* p, uint32_t bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return true;
+  report(Kind::kMisaligned, site, "a global address is not aligned to %u bytes", bytes);
+  return false;
+}
+
 // Bounds, counters and shadow of an atomic; false if it must not be carried out.
 bool prepare_atomic(const void* p, uint32_t bytes, Site site) {
-  if (!check_global_bounds(p, bytes, true, site)) return false;
+  if (!check_global_bounds(p, bytes, true, site) || !check_alignment(p, bytes, site)) return false;
   count_global(p, bytes, Access::kAtomic, site);
   if (current_block->options.check_races) shadow_global(p, bytes, GlobalAccess::kAtomic, site);
   return true;
@@ -88,7 +94,7 @@ void GlobalMemory::begin_launch(uint32_t first_serial) {
   published_.clear();
 }
 
-bool check_global_bounds(const void* p, uint32_t bytes, bool write, Site site) {
+bool check_global_bounds(const void* p, size_t bytes, bool write, Site site) {
   Block& block = *current_block;
   const GlobalMemory& memory = block.session.memory();
   if (memory.empty()) return true;
@@ -99,8 +105,7 @@ bool check_global_bounds(const void* p, uint32_t bytes, bool write, Site site) {
     const Buffer* near = memory.nearest(p, kNearby);
     const long offset = near == nullptr ? 0 : static_cast<const uint8_t*>(p) - near->start;
     report(Kind::kOobGlobal, site,
-           "%s of %u bytes outside every buffer; nearest is %s, of %zu "
-           "bytes, at its offset %ld",
+           "%s of %zu bytes outside every buffer; nearest is %s, of %zu bytes, at its offset %ld",
            what, bytes, near == nullptr ? "none" : near->name.c_str(),
            near == nullptr ? 0 : near->bytes, offset);
     return false;
@@ -112,16 +117,6 @@ bool check_global_bounds(const void* p, uint32_t bytes, bool write, Site site) {
   }
   return true;
 }
-
-namespace {
-
-bool check_alignment(const void* p, uint32_t bytes, Site site) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return true;
-  report(Kind::kMisaligned, site, "a global address is not aligned to %u bytes", bytes);
-  return false;
-}
-
-}  // namespace
 
 template <int kBytes>
 void load_global(const void* source, void* out, Site site) {

@@ -109,7 +109,7 @@ void fence_gpu(Site site);
 void prefetch_l2(const void* address, Site site);
 
 // True if the access may be carried out; reports otherwise.
-bool check_global_bounds(const void* p, uint32_t bytes, bool write, Site site);
+bool check_global_bounds(const void* p, size_t bytes, bool write, Site site);
 
 // ---- Shadow. Only called with race checks on.
 

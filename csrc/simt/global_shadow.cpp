@@ -39,14 +39,11 @@ void report_race(const char* what, const char* earlier, const Buffer& buffer, si
                  uint32_t serial, uint16_t thread, Site other, Site site) {
   const std::string where = other.file == nullptr ? "" : " at " + to_string(other);
   report(Kind::kRaceGlobal, site,
-         "%s of %s at byte %zu, %s by %s%s, with nothing between that "
-         "orders the two%s",
-         what, buffer.name.c_str(), offset, earlier, describe(serial, thread).c_str(),
-         where.c_str(),
+         "%s of %s at byte %zu, %s by %s%s, with nothing between that orders the two%s", what,
+         buffer.name.c_str(), offset, earlier, describe(serial, thread).c_str(), where.c_str(),
          serial == current_block->serial
              ? ""
-             : " (between blocks: sync_threads, fence_gpu, atomic; then atomic, fence_gpu, "
-               "sync_threads)");
+             : ": sync_threads, fence_gpu, atomic; then atomic, fence_gpu, sync_threads");
 }
 
 void check_writer(const Buffer& buffer, const GlobalWord& word, uint8_t mask, size_t offset,

@@ -73,10 +73,11 @@ struct alignas(64) Lane {
 };
 
 struct Warp {
-  uint32_t ready = 0;   // lanes that can run
-  uint32_t exist = 0;   // lanes that were launched
-  uint32_t live = 0;    // lanes that have not exited
-  uint32_t parked = 0;  // lanes that wait in a warp collective
+  uint32_t ready = 0;    // lanes that can run
+  uint32_t exist = 0;    // lanes that were launched
+  uint32_t live = 0;     // lanes that have not exited
+  uint32_t parked = 0;   // lanes that wait in a warp collective
+  uint32_t polling = 0;  // lanes that poll an mbarrier, until the next phase of any completes
   int index = 0;
   Lane* lanes = nullptr;
   AccessLog log;

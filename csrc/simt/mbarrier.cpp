@@ -23,8 +23,8 @@ Mbarrier& use_mbarrier(uint32_t address, Site site) {
     const SharedWord& word = block.shared.word(SharedMemory::word_index(address));
     if (!knows(*current_lane, word.agent, word.time)) {
       report(Kind::kMbarrier, site,
-             "the mbarrier at shared address %u is used with nothing "
-             "between that orders this after its initialisation",
+             "the mbarrier at shared address %u is used, but nothing orders this after its "
+             "initialisation",
              address);
     }
   }
@@ -37,6 +37,13 @@ bool phase_complete(const Mbarrier& barrier, uint32_t parity) {
 
 void acquire_phase(const Mbarrier& barrier, Warp& warp, uint32_t lanes) {
   if (barrier.completed && lanes != 0) acquire(barrier.completed, warp, lanes);
+}
+
+// The async proxy sees the mbarriers that the running thread has initialised.
+void publish_mbarriers(Block& block) {
+  for (auto& [address, barrier] : block.mbarriers.by_address) {
+    if (barrier.initialiser == current_lane->thread) barrier.published = true;
+  }
 }
 
 }  // namespace
@@ -52,8 +59,10 @@ void complete_phase_if_due(Block& block, Mbarrier& barrier) {
     barrier.completed.get()->times[block.num_threads + barrier.index] = barrier.phase;
   }
   for (int i = 0; i < block.num_warps; i++) {
-    acquire_phase(barrier, block.warps[i], barrier.waiting[i]);
-    block.warps[i].ready |= barrier.waiting[i];
+    Warp& warp = block.warps[i];
+    acquire_phase(barrier, warp, barrier.waiting[i]);
+    warp.ready |= barrier.waiting[i] | warp.polling;
+    warp.polling = 0;
   }
   barrier.waiting.fill(0);
 }
@@ -62,8 +71,8 @@ Mbarrier& mbarrier_of_load(uint32_t address, Site site) {
   Mbarrier& barrier = use_mbarrier(address, site);
   if (current_block->options.check_races && !barrier.published) {
     report(Kind::kProxyFence, site,
-           "the mbarrier at shared address %u is used by a TMA load "
-           "without a fence_mbarrier_init after its initialisation",
+           "the mbarrier at shared address %u is used by a TMA load without a fence after its "
+           "initialisation",
            address);
   }
   return barrier;
@@ -80,6 +89,7 @@ void mbarrier_init(uint32_t address, uint32_t count, Site site) {
   }
   found->second = Mbarrier{};
   found->second.index = index;
+  found->second.initialiser = current_lane->thread;
   found->second.expected = count;
   found->second.pending = count;
   found->second.site = site;
@@ -93,9 +103,8 @@ void mbarrier_arrive(uint32_t address, uint32_t transaction_bytes, Site site) {
   Mbarrier& barrier = use_mbarrier(address, site);
   if (barrier.pending == 0) {
     fatal(Kind::kMbarrier, site,
-          "phase %u of the mbarrier at shared address %u expects only %u "
-          "arrivals",
-          barrier.phase, address, barrier.expected);
+          "phase %u of the mbarrier at shared address %u expects only %u arrivals", barrier.phase,
+          address, barrier.expected);
   }
   if (block.options.check_races) {
     release(barrier.joined, *lane.warp, 1u << lane.index);
@@ -130,9 +139,10 @@ bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site site) {
     acquire_phase(barrier, *lane.warp, bit);
     return true;
   }
-  // The others run on until nothing but polling is left to do.
+  // Asking again before some phase completes would tell nothing new.
   lane.op = Op::kPoll;
   lane.site = site;
+  lane.warp->polling |= bit;
   lane.warp->ready &= ~bit;
   reschedule();
   lane.op = Op::kRunning;
@@ -140,21 +150,14 @@ bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site site) {
 }
 
 void fence_mbarrier_init(Site site) {
-  Block& block = *current_block;
-  if (!block.sites.visit(site, SyncKind::kFence)) return;
-  for (auto& [address, barrier] : block.mbarriers.by_address) {
-    const SharedWord* word = nullptr;
-    if (block.options.check_races) {
-      word = &block.shared.word(SharedMemory::word_index(address));
-    }
-    if (word == nullptr || word->agent == current_lane->thread) barrier.published = true;
-  }
+  if (current_block->sites.visit(site, SyncKind::kFence)) publish_mbarriers(*current_block);
 }
 
 void fence_proxy_async(Site site) {
   Block& block = *current_block;
   if (!block.sites.visit(site, SyncKind::kFence)) return;
   current_lane->proxy_fence = ++block.sequence;
+  publish_mbarriers(block);
 }
 
 }  // namespace flashinfer_lite::simt

@@ -17,6 +17,7 @@ inline constexpr int kMaxMbarriers = 32;
 
 struct Mbarrier {
   int index = 0;
+  uint16_t initialiser = 0;  // thread
   uint32_t expected = 0;
   uint32_t pending = 0;
   int64_t transaction_bytes = 0;

@@ -32,7 +32,7 @@ bool Findings::count_again(Kind kind, uint16_t site) {
 
 void Findings::add(Kind kind, uint16_t site, Site where, std::string text) {
   index_[static_cast<uint32_t>(kind) << 16 | site] = findings_.size();
-  findings_.push_back({kind, base_name(where.file), where.line, 1, std::move(text)});
+  findings_.push_back({kind, short_name(where.file), where.line, 1, std::move(text)});
 }
 
 void Report::merge(const Findings& findings) {
@@ -47,7 +47,7 @@ void Report::merge(const Findings& findings) {
 
 void Report::merge(const SiteTable& table) {
   for (const SiteEntry& entry : table.entries()) {
-    const std::string file = base_name(entry.site.file);
+    const std::string file = short_name(entry.site.file);
     for (int i = 0; i < kNumSyncKinds; i++) {
       if (entry.hits[i] == 0) continue;
       const SyncRow row{static_cast<SyncKind>(i), file, entry.site.line, entry.hits[i]};

@@ -38,7 +38,7 @@ inline constexpr std::array<const char*, kNumKinds> kKindNames = {
 
 struct Finding {
   Kind kind;
-  std::string file;  // base name
+  std::string file;  // short_name of its path
   int line = 0;
   uint64_t count = 0;
   std::string text;  // of the first occurrence

@@ -41,17 +41,6 @@ std::string describe(const Lane& lane) {
   fatal(Kind::kDeadlock, site, "no thread can run%s", text.c_str());
 }
 
-// Lanes that poll an mbarrier run again once something has landed.
-void wake_pollers(Block& block) {
-  for (int i = 0; i < block.num_warps; i++) {
-    Warp& warp = block.warps[i];
-    for (uint32_t rest = warp.live; rest != 0; rest &= rest - 1) {
-      const int lane = std::countr_zero(rest);
-      if (warp.lanes[lane].op == Op::kPoll) warp.ready |= 1u << lane;
-    }
-  }
-}
-
 void check_collective(const Collective& collective, Warp& warp, uint32_t mask) {
   const Lane& first = warp.lanes[std::countr_zero(mask)];
   for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
@@ -90,7 +79,6 @@ void reschedule() {
     }
     if (block.live_threads == 0) switch_to_main();
     if (!land_one_load(block)) report_deadlock(block);
-    wake_pollers(block);
   }
 }
 

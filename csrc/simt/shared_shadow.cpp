@@ -29,16 +29,14 @@ std::string writer_of(const SharedWord& word) {
 
 void report_in_flight(const char* what, uint32_t index, const SharedWord& word, Site site) {
   report(Kind::kInFlight, site,
-         "%s of shared address %u while an async copy into it is in flight, "
-         "issued by %s",
-         what, address_of_word(index), writer_of(word).c_str());
+         "%s of shared address %u while an async copy into it is in flight, issued by %s", what,
+         address_of_word(index), writer_of(word).c_str());
 }
 
 void report_unordered(const char* what, uint32_t index, const SharedWord& word, Site site) {
   report(Kind::kRaceShared, site,
-         "%s of shared address %u, written by %s with nothing between "
-         "that orders the two",
-         what, address_of_word(index), writer_of(word).c_str());
+         "%s of shared address %u, written by %s with nothing between that orders the two", what,
+         address_of_word(index), writer_of(word).c_str());
 }
 
 void check_readers(const Lane& lane, uint32_t index, Site site) {
@@ -49,8 +47,7 @@ void check_readers(const Lane& lane, uint32_t index, Site site) {
       const uint32_t thread = 32 * warp + std::countr_zero(rest);
       if (knows(lane, thread, readers[warp].time)) continue;
       report(Kind::kRaceShared, site,
-             "write of shared address %u, read by %s with nothing between "
-             "that orders the two",
+             "write of shared address %u, read by %s with nothing between that orders the two",
              address_of_word(index), describe_agent(thread).c_str());
       return;
     }

@@ -1,15 +1,31 @@
 #include "simt/site.h"
 
+#include <string_view>
+
 namespace flashinfer_lite::simt {
 
-const char* base_name(const char* path) {
+namespace {
+
+bool ends_with_path(std::string_view path, std::string_view end) {
+  if (!path.ends_with(end)) return false;
+  return path.size() == end.size() || path[path.size() - end.size() - 1] == '/';
+}
+
+}  // namespace
+
+const char* short_name(const char* path) {
   if (path == nullptr) return "?";
-  const char* slash = std::strrchr(path, '/');
-  return slash != nullptr ? slash + 1 : path;
+  const char* name = path;
+  for (const char *p = path, *previous = path; *p != 0; p++) {
+    if (*p != '/') continue;
+    name = previous;
+    previous = p + 1;
+  }
+  return name;
 }
 
 std::string to_string(Site site) {
-  return std::string(base_name(site.file)) + ":" + std::to_string(site.line);
+  return std::string(short_name(site.file)) + ":" + std::to_string(site.line);
 }
 
 SiteTable::SiteTable(const std::vector<DisabledSite>& disabled)
@@ -29,7 +45,7 @@ uint16_t SiteTable::insert(Site site) {
   SiteEntry entry;
   entry.site = site;
   for (const DisabledSite& off : disabled_) {
-    if (off.line == site.line && off.file == base_name(site.file)) {
+    if (off.line == site.line && ends_with_path(short_name(site.file), off.file)) {
       entry.disabled[static_cast<int>(off.kind)] = true;
     }
   }

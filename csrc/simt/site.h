@@ -18,8 +18,9 @@ struct Site {
   }
 };
 
-const char* base_name(const char* path);
-std::string to_string(Site site);  // attention.cuh:12
+// The last folder and the file: decode/sm80.cuh.
+const char* short_name(const char* path);
+std::string to_string(Site site);  // decode/sm80.cuh:12
 
 // Calls that order or guard something. Each can be disabled at its site.
 enum class SyncKind : uint8_t {
@@ -59,7 +60,7 @@ struct AccessCount {
 };
 
 struct DisabledSite {
-  std::string file;  // base name
+  std::string file;  // the end of its path, from a folder on
   int line = 0;
   SyncKind kind = SyncKind::kBarrier;
 };

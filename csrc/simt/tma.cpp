@@ -74,6 +74,9 @@ void tma_load_2d(uint32_t destination, const void* map, int column, int row, uin
   if (load.map.magic != kMagic) fatal(Kind::kFault, site, "this is not an encoded tensor map");
   const uint32_t bytes = box_bytes(load.map);
   if (!check_shared_bounds(destination, bytes, true, site)) return;
+  const uint64_t source_bytes =
+      (load.map.size[1] - 1) * load.map.row_stride + load.map.size[0] * load.map.element_bytes;
+  if (!check_global_bounds(load.map.base, source_bytes, false, site)) return;
   const uint32_t alignment = load.map.swizzle_bytes == 128 ? 1024 : 128;
   if (destination % alignment != 0) {
     report(Kind::kMisaligned, site, "the TMA destination %u is not aligned to %u bytes",
