@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,27 @@ def test_libraries_are_required_and_their_age_is_known(device, script, run, monk
     with pytest.raises(module.Missing, match=r"_C_cuda.abi3.so \(stale\)"):
         module.require_libraries(run, prebuilt=False)
     module.require_libraries(run, prebuilt=True)
+
+
+def test_carried_wheels_are_installed_for_the_run_alone(device, script, run, tmp_path):
+    module, wheels = script("test_gpu"), tmp_path / "wheels"
+    wheels.mkdir()
+    with pytest.raises(module.Missing, match="no wheel there"):
+        module.install_wheels(run, wheels)
+    with zipfile.ZipFile(wheels / "carried_thing-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_thing-1.0.dist-info"
+        wheel.writestr("carried_thing.py", "")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    stages = script("gpu.stages")
+    assert not stages.has_module(run, "carried_thing")
+    module.install_wheels(run, wheels)
+    assert stages.has_module(run, "carried_thing")
 
 
 def row(impl, seconds, roofline=0.5, **change):
