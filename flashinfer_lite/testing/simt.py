@@ -1,0 +1,256 @@
+"""The CUDA kernels on the executor: called like the public functions, with CPU tensors.
+
+`make simt` builds the module. Every call runs the host code that the CUDA ops run, on copies of its
+tensors that lie in guarded memory, and fails on whatever the executor finds: races, accesses out of
+bounds, reads of what nobody wrote, barriers that not everybody reaches.
+"""
+
+import importlib.util
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from flashinfer_lite import _check
+
+_ROOT = Path(__file__).parents[2]
+_CAUSAL_TOP_LEFT = 2
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def module_path(hooks=False):
+    folder = "simt-hooks" if hooks else "simt"
+    return _ROOT / "build" / folder / f"_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@cache
+def load(hooks=False):
+    """The executor's Python module. With `hooks` plain loads and stores are checked too."""
+    path = module_path(hooks)
+    if not path.exists():
+        raise RuntimeError(f"the executor is not built ({path}): run make simt")
+    spec = importlib.util.spec_from_file_location("_simt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def h200():
+    """What the driver tells of an H200, as the host code wants it."""
+    return load().Device(
+        arch=90, num_sms=132, smem_optin=232448, smem_per_sm=233472, l2_bytes=50 * 2**20
+    )
+
+
+class Executor:
+    """Runs kernels, each call in a session of its own, and keeps the reports.
+
+    Args:
+        instance: name of a row of the instance table; None leaves the choice to the host code.
+        device: what the choices are made for, default `h200()`.
+        tolerate: do not raise on findings; `reports` has them.
+        hooks: use the build that sees plain accesses too.
+        options: checks, eager, seed, threads, disabled: see `Session` of the module.
+
+    Attributes:
+        reports: one per kernel launch or pair of launches, the newest last.
+    """
+
+    def __init__(self, instance=None, device=None, *, tolerate=False, hooks=False, **options):
+        self.module = load(hooks)
+        self.instance = instance
+        self.device = device or h200()
+        self.tolerate = tolerate
+        self.options = {"seed": 1, **options}
+        self.reports = []
+
+    @property
+    def report(self):
+        return self.reports[-1]
+
+    def attention(self, q, k, v, *, return_lse=False, **arguments):
+        """`flashinfer_lite.attention` on the executor."""
+        call = _Call(self, q, k, v, arguments)
+        name = self.instance or self.module.choose_attention(
+            "attention_fwd", NAMES[q.dtype], q.shape[3], v.shape[3], self.device
+        )
+        call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
+        return call.results(return_lse)
+
+    def decode(
+        self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments
+    ):
+        """`flashinfer_lite.decode` on the executor."""
+        call = _Call(self, q, k, v, arguments)
+        plan = self.module.plan_decode(
+            call.params, NAMES[q.dtype], self.device, kv_splits, batch_invariant
+        )
+        if self.instance:
+            plan.instance = self.instance
+        if plan.kv_splits > 1:
+            call.add_partials(plan.kv_splits)
+
+        def launch():
+            self.module.decode(call.params, plan)
+            if plan.kv_splits > 1:
+                merge = self.module.combine_of(call.params)
+                self.module.combine(merge, NAMES[q.dtype], self.device)
+
+        call.run(launch)
+        self.plan = plan
+        return call.results(return_lse)
+
+    def merge_states(self, outs, lses):
+        """`flashinfer_lite.merge_states` on the executor, of stacked states."""
+        memory = _Memory(self.module)
+        num_states, batch_size, seqlen_q, num_heads_q, head_dim_v = outs.shape
+        p = self.module.CombineParams()
+        p.num_states, p.batch_size, p.seqlen_q = num_states, batch_size, seqlen_q
+        p.num_heads_q, p.head_dim_v = num_heads_q, head_dim_v
+        p.partial_in_accumulator = False
+        outs, lses = memory.copy_of("outs", outs), memory.copy_of("lses", lses)
+        p.out_partial = (outs.data_ptr(), outs.stride(1), outs.stride(2), outs.stride(3))
+        p.out_partial_state = outs.stride(0)
+        p.set_lse_partial(lses.data_ptr(), *(lses.stride(i) for i in (0, 1, 2, 3)))
+        out = memory.output("out", outs.shape[1:], outs.dtype)
+        lse = memory.output("lse", lses.shape[1:], torch.float32)
+        p.out = (out.data_ptr(), *out.stride()[:3])
+        p.lse = lse.data_ptr()
+        self._run(memory, lambda: self.module.combine(p, NAMES[outs.dtype], self.device))
+        return out.clone(), lse.clone()
+
+    def _run(self, memory, launch):
+        session = self.module.Session(**self.options)
+        memory.register(session)
+        with session:
+            launch()
+        self.reports.append(session.report())
+        if self.report.errors and not self.tolerate:
+            raise AssertionError(self.report.text())
+
+
+class _Memory:
+    """Tensors in guarded memory, and what the session is told of them."""
+
+    def __init__(self, module):
+        self.module = module
+        self.buffers = []  # (address, nbytes, name, writable, initialised)
+        self.guards = []
+
+    def guarded(self, name, nbytes, dtype, writable):
+        guard = self.module.GuardedBuffer(max(nbytes, 1))
+        self.guards.append(guard)
+        self.buffers.append((guard.address, nbytes, name, writable, not writable))
+        return torch.frombuffer(guard, dtype=torch.uint8, count=nbytes).view(dtype)
+
+    def output(self, name, shape, dtype):
+        """Contiguous and NaN all over."""
+        size = torch.Size(shape).numel()
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        return self.guarded(name, size * dtype.itemsize, dtype, True).view(shape)
+
+    def copy_of(self, name, x):
+        """The same strides and alignment, in memory that ends where x ends."""
+        if x is None or x.numel() == 0:
+            return x
+        span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        lead = x.storage_offset() * x.element_size() % 256 // x.element_size()
+        memory = self.guarded(name, (lead + span) * x.element_size(), x.dtype, False)
+        memory[lead:] = torch.as_strided(x.detach(), (span,), (1,))
+        return torch.as_strided(memory, x.shape, x.stride(), lead)
+
+    def in_place(self, name, x):
+        """The tensor itself, where a copy of what it spans would not fit in memory."""
+        span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        self.buffers.append((x.data_ptr(), span * x.element_size(), name, False, True))
+        return x
+
+    def register(self, session):
+        for buffer in self.buffers:
+            session.register_buffer(*buffer)
+
+
+class _Call:
+    """One call of attention or decode: parameters, guarded tensors, results."""
+
+    LARGE = 2**28  # elements; beyond, tensors are used where they are
+
+    def __init__(self, executor, q, k, v, arguments):
+        self.executor = executor
+        self.memory = _Memory(executor.module)
+        self.params = p = executor.module.AttentionParams()
+        _check.qkv(q, k, v)
+        p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim = q.shape
+        p.seqlen_kv, p.num_heads_kv, p.head_dim_v = v.shape[1:]
+        self.rows = (q.shape[0], q.shape[1], q.shape[2])
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            x = self._placed(name, x)
+            setattr(p, name, (x.data_ptr(), *x.stride()[:3]))
+        self._set_scores(q, k, **arguments)
+        self.out = self.memory.output("out", (*self.rows, v.shape[3]), q.dtype)
+        self.lse = self.memory.output("lse", (q.shape[0], q.shape[2], q.shape[1]), torch.float32)
+        p.out = (self.out.data_ptr(), *self.out.stride()[:3])
+        p.lse = self.lse.data_ptr()
+
+    def _placed(self, name, x):
+        span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        if x.numel() and span > self.LARGE:
+            return self.memory.in_place(name, x)
+        return self.memory.copy_of(name, x)
+
+    def _set_scores(
+        self,
+        q,
+        k,
+        causal=False,
+        window=(-1, -1),
+        softmax_scale=None,
+        softcap=None,
+        mask=None,
+        kv_start=None,
+        seqlens_kv=None,
+    ):
+        p = self.params
+        scale, softcap, causal, left, right = _check.scores(
+            q, causal, window, softmax_scale, softcap
+        )
+        p.softmax_scale, p.softcap = scale, softcap
+        widest = q.shape[1] + k.shape[1]
+        p.window_left = min(left, widest)
+        p.window_right = 0 if causal else min(right, widest)
+        if causal == _CAUSAL_TOP_LEFT:
+            p.set_top_left()
+        mask = _check.mask(mask, q, k)
+        if mask is not None:
+            x = self._placed("mask", mask)
+            steps = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+            p.set_mask((x.data_ptr(), str(x.dtype)[6:], *steps))
+        for name, setter in (("kv_start", p.set_kv_start), ("seqlens_kv", p.set_seqlens_kv)):
+            x = {"kv_start": kv_start, "seqlens_kv": seqlens_kv}[name]
+            if x is not None:
+                _check.lengths(name, x, q)
+                x = self.memory.copy_of(name, x)
+                setter((x.data_ptr(), x.dtype == torch.int64, x.stride(0)))
+
+    def add_partials(self, kv_splits):
+        shape = (kv_splits, *self.rows, self.params.head_dim_v)
+        out = self.memory.output("out_partial", shape, torch.float32)
+        batch_size, seqlen_q, num_heads_q = self.rows
+        shape = (kv_splits, batch_size, num_heads_q, seqlen_q)
+        lse = self.memory.output("lse_partial", shape, torch.float32)
+        self.params.out_partial, self.params.lse_partial = out.data_ptr(), lse.data_ptr()
+
+    def run(self, launch):
+        self.executor._run(self.memory, launch)
+
+    def results(self, return_lse):
+        out, lse = self.out.clone(), self.lse.clone()
+        return (out, lse) if return_lse else out
+
+
+def instances(kernel=None):
+    """Rows of the compiled instance table, as dictionaries."""
+    return [row for row in load().instances() if kernel in (None, row["kernel"])]
+
