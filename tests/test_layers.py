@@ -23,8 +23,10 @@ NATIVE_LAYERS = {
     "cuda/arch": ({"common", "cuda/arch", "simt"}, {"std", "cuda"}),
     "cuda/tile": ({"common", "cuda/arch", "cuda/tile"}, {"std"}),
     "cuda/kernels": ({"common", "cuda/arch", "cuda/tile", "cuda/kernels"}, {"std"}),
+    # Host code: from an op's parameters to a launch.
+    "cuda": ({"common", "cuda", "cuda/arch"}, {"std"}),
     "simt": ({"common", "simt", "cuda", "cuda/arch", "cuda/kernels"}, {"std", "Python"}),
-    "ops": ({"common", "cpu/kernels", "cuda/kernels", "ops"}, {"std", "torch", "cuda"}),
+    "ops": ({"common", "cpu/kernels", "cuda", "ops"}, {"std", "torch", "cuda"}),
 }
 HEADER_FAMILIES = {
     "torch": r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch)/",
@@ -164,6 +166,7 @@ def test_python_layers():
         ("cpu/kernels/attention.h", 'void f() { asm volatile(""); }'),
         ("cuda/tile/mask.cuh", '#include "common/params/attention.h"'),
         ("cuda/tile/mask.cuh", "int i = blockIdx.x;"),
+        ("cuda/dispatch.cpp", '#include "cuda/kernels/decode/sm80.cuh"'),
         ("cuda/kernels/decode/sm80.cuh", '#include "cuda/kernels/combine/sm80.cuh"'),
         ("cuda/kernels/decode/sm80.cuh", "body<<<1, 1>>>();"),
         ("cuda/arch/ptx.cuh", '#include "simt/fiber.h"'),
