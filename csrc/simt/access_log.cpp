@@ -10,8 +10,18 @@ namespace {
 constexpr int kBanks = 32;
 constexpr uint64_t kSectorBytes = 32;
 
-// Most distinct words that the lanes [first, first + lanes) want of one bank.
+// Do all lanes of the mask access the same row of 128 bytes, in which every bank has one word?
+bool in_one_row(const uint64_t* address, uint32_t mask) {
+  const uint64_t row = address[std::countr_zero(mask)] / (4 * kBanks);
+  for (; mask != 0; mask &= mask - 1) {
+    if (address[std::countr_zero(mask)] / (4 * kBanks) != row) return false;
+  }
+  return true;
+}
+
+// Most distinct words that the lanes of the mask want of one bank.
 int bank_degree(const uint64_t* address, uint32_t mask, int words_each) {
+  if (in_one_row(address, mask)) return 1;
   uint64_t words[kBanks][kBanks];
   uint8_t used[kBanks] = {};
   int degree = 0;
@@ -43,16 +53,27 @@ void count_wavefronts(const uint64_t* address, uint32_t mask, int bytes, AccessC
   }
 }
 
+bool AccessLog::among_earlier_lanes(const Request& request, int lane) {
+  for (uint32_t mask = request.mask & ((1u << lane) - 1); mask != 0; mask &= mask - 1) {
+    if (request.address[std::countr_zero(mask)] == request.address[lane]) return true;
+  }
+  return false;
+}
+
 void AccessLog::count_sectors(const Request& request, AccessCount& count) {
   uint64_t sectors[64];
   int used = 0;
   uint64_t highest = 0;
   uint64_t bytes = 0;
+  uint64_t end = 0;
   for (uint32_t mask = request.mask; mask != 0; mask &= mask - 1) {
     const int lane = std::countr_zero(mask);
-    const uint64_t first = request.address[lane] / kSectorBytes;
-    const uint64_t last = (request.address[lane] + request.bytes[lane] - 1) / kSectorBytes;
-    bytes += request.bytes[lane];
+    const uint64_t address = request.address[lane];
+    const uint64_t first = address / kSectorBytes;
+    const uint64_t last = (address + request.bytes[lane] - 1) / kSectorBytes;
+    // What lanes share counts once.
+    if (address >= end || !among_earlier_lanes(request, lane)) bytes += request.bytes[lane];
+    end = std::max(end, address + request.bytes[lane]);
     for (uint64_t sector = first; sector <= last; sector++) {
       // Addresses mostly ascend: only a sector below the highest can have been seen.
       if (sector <= highest && std::find(sectors, sectors + used, sector) != sectors + used) {

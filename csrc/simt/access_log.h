@@ -33,6 +33,8 @@ class AccessLog {
     size_t used = 0;
   };
 
+  // Does an earlier lane access the address of this one?
+  static bool among_earlier_lanes(const Request& request, int lane);
   static void count_sectors(const Request& request, AccessCount& count);
 
   std::vector<Stream> streams_;

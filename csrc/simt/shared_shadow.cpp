@@ -64,6 +64,19 @@ void check_overwrite(const Lane& lane, uint32_t index, uint8_t mask, Site site) 
   check_readers(lane, index, site);
 }
 
+// The slow part of a read that found something amiss, or may have.
+void check_read(uint32_t index, uint8_t mask, bool unordered, Site site) {
+  const SharedWord& word = current_block->shared.word(index);
+  if (word.pending) {
+    report_in_flight("read", index, word, site);
+  } else if ((word.valid & mask) != mask) {
+    report(Kind::kUninitShared, site, "read of shared address %u, which was never written",
+           address_of_word(index));
+  } else if (unordered && (word.written & mask) != 0) {
+    report_unordered("read", index, word, site);
+  }
+}
+
 void clear_readers(uint32_t index) {
   SharedReaders* readers = current_block->shared.readers(index);
   for (int warp = 0; warp < current_block->num_warps; warp++) readers[warp].lanes = 0;
@@ -71,6 +84,10 @@ void clear_readers(uint32_t index) {
 
 void add_reader(const Lane& lane, SharedReaders& readers) {
   const uint32_t bit = 1u << lane.index;
+  if (__builtin_expect(readers.lanes != 0 && readers.time == lane.time, 1)) {
+    readers.lanes |= bit;
+    return;
+  }
   if (readers.lanes == 0 || readers.time > lane.time) {
     // The earliest time serves for all: a later one would be asked of lanes that never reach it.
     readers.time = lane.time;
@@ -103,17 +120,15 @@ std::string describe_agent(uint32_t agent) {
 void shadow_read(Lane& lane, uint32_t address, uint32_t bytes, Site site) {
   Block& block = *current_block;
   const Range range = range_of(address, bytes);
-  for (uint32_t i = range.first; i < range.end; i++) {
-    const SharedWord& word = block.shared.word(i);
-    if (__builtin_expect(word.pending, 0)) {
-      report_in_flight("read", i, word, site);
-    } else if (__builtin_expect((word.valid & range.mask) != range.mask, 0)) {
-      report(Kind::kUninitShared, site, "read of shared address %u, which was never written",
-             address_of_word(i));
-    } else if ((word.written & range.mask) != 0 && !knows(lane, word.agent, word.time)) {
-      report_unordered("read", i, word, site);
-    }
-    add_reader(lane, block.shared.readers(i)[lane.warp->index]);
+  const SharedWord* words = &block.shared.word(0);
+  SharedReaders* readers = block.shared.readers(range.first) + lane.warp->index;
+  const uint32_t* known_times = lane.known.times().data();
+  for (uint32_t i = range.first; i < range.end; i++, readers += block.num_warps) {
+    const SharedWord& word = words[i];
+    const bool whole = !word.pending && (word.valid & range.mask) == range.mask;
+    const bool ordered = word.agent == lane.thread || known_times[word.agent] >= word.time;
+    if (__builtin_expect(!whole || !ordered, 0)) check_read(i, range.mask, !ordered, site);
+    add_reader(lane, *readers);
   }
 }
 
