@@ -102,14 +102,16 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Block<Cfg>& b) {
   const Visibility visible = b.slots.visibility(b.p);
   const KeyRange some = visible.rows(first_query, last_query);
   if (some.empty()) return {0, 0, 0, 0};
-  const int64_t origin = b.slots.begin;
+  // Slots number at most 2^30: from here on 32 bits do.
+  constexpr int block_n = Cfg::block_n;
+  const int origin = b.slots.begin;
   KeyBlocks n;
-  n.first = static_cast<int>((some.begin - origin) / Cfg::block_n);
-  n.last = static_cast<int>((some.end - origin + Cfg::block_n - 1) / Cfg::block_n);
-  const int64_t every_begin = visible.row(last_query).begin - origin;
-  const int64_t every_end = visible.row(first_query).end - origin;
-  n.full_last = std::max(static_cast<int>(every_end / Cfg::block_n), n.first);
-  n.full_first = static_cast<int>((every_begin + Cfg::block_n - 1) / Cfg::block_n);
+  n.first = (static_cast<int>(some.begin) - origin) / block_n;
+  n.last = (static_cast<int>(some.end) - origin + block_n - 1) / block_n;
+  const int every_begin = static_cast<int>(visible.row(last_query).begin) - origin;
+  const int every_end = static_cast<int>(visible.row(first_query).end) - origin;
+  n.full_last = std::max(every_end / block_n, n.first);
+  n.full_first = (every_begin + block_n - 1) / block_n;
   n.full_first = std::max(std::min(n.full_first, n.full_last), n.first);
   // What scales first has no step without masking.
   if (b.p.scale_first) n.full_first = n.full_last = n.last;
@@ -231,7 +233,7 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(Traits<Cfg>::num_threads)
+__global__ void __launch_bounds__(Traits<Cfg>::num_threads, 2)
     attention_fwd_sm80(const __grid_constant__ Params p) {
   const Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
   const KeyBlocks blocks = key_blocks(b);

@@ -56,6 +56,8 @@ struct Traits {
   using OutputTile = tile::SmemAccumulator<Cfg::block_m, Cfg::head_dim>;
   static constexpr int merge_bytes = Cfg::num_warps * (OutputTile::bytes + Cfg::block_m * 8);
   static constexpr int smem_bytes = QTile::bytes + std::max(ring_bytes, merge_bytes);
+  // What the host counts on when it chooses the splits; it also keeps registers below 256.
+  static constexpr int blocks_per_sm = 2;
 };
 
 // What a thread block works on, the same for all of its threads.
@@ -121,26 +123,29 @@ struct SplitKeys {
 // only the sequence itself decides where it is cut.
 template <class Cfg>
 __device__ __forceinline__ SplitKeys split_keys(const Block<Cfg>& b) {
-  constexpr int64_t block_n = Cfg::block_n;
+  constexpr int block_n = Cfg::block_n;
   const int last_row = std::min(b.first_row + Cfg::block_m, b.rows.rows) - 1;
   const int first_query = b.rows[b.first_row].query;
   const int last_query = b.rows[last_row].query;
   const Visibility visible = b.slots.visibility(b.p);
   const KeyRange some = visible.rows(first_query, last_query);
-  const int64_t first_seen = (some.begin - b.slots.begin) / block_n * block_n + b.slots.begin;
-  int64_t first = b.slots.begin;
-  int64_t keys = b.p.keys_per_split;
+  // Slots number at most 2^30: from here on 32 bits do, whose divisions are short.
+  const auto seen_begin = static_cast<int>(some.begin);
+  const auto seen_end = static_cast<int>(some.end);
+  const auto kv_splits = static_cast<int>(b.p.kv_splits);
+  const int first_seen = (seen_begin - b.slots.begin) / block_n * block_n + b.slots.begin;
+  int first = b.slots.begin;
+  auto keys = static_cast<int>(b.p.keys_per_split);
   if (keys == 0) {
-    const int64_t part = (some.end - first_seen + b.p.kv_splits - 1) / b.p.kv_splits;
+    const int part = (seen_end - first_seen + kv_splits - 1) / kv_splits;
     keys = (part + block_n - 1) / block_n * block_n;
     first = first_seen;
   }
   first += b.split * keys;
-  const int64_t end = std::min(some.end, first + keys);
+  const int end = std::min(seen_end, first + keys);
   first = std::max(first, first_seen);
-  const int64_t count = some.empty() ? 0 : (end - first + block_n - 1) / block_n;
-  return {static_cast<int>(first), static_cast<int>(end), std::max(static_cast<int>(count), 0),
-          static_cast<int>(visible.row(last_query).begin),
+  const int count = some.empty() ? 0 : std::max((end - first + block_n - 1) / block_n, 0);
+  return {first, end, count, static_cast<int>(visible.row(last_query).begin),
           static_cast<int>(visible.row(first_query).end)};
 }
 
@@ -352,7 +357,7 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b, bool empty) {
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(Traits<Cfg>::num_threads)
+__global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_per_sm)
     decode_sm80(const __grid_constant__ Params p) {
   const Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
   const SplitKeys keys = split_keys(b);
