@@ -86,6 +86,8 @@ class Row:
             parts.append(f"d{self.head_dim}")
         if (self.num_stages or 1) > 1:
             parts.append(f"s{self.num_stages}")
+        if (self.num_warps or 1) > 4:
+            parts.append(f"w{self.num_warps}")
         return "_".join(parts)
 
     @property
@@ -106,18 +108,23 @@ ROWS = [
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=64, block_m=128, block_n=64, num_warps=4),
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=128, block_m=128, block_n=64, num_warps=4),
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=4),
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=128, block_n=64, num_warps=8),
     *attention_fwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4),
     *attention_fwd_sm80(FLOAT32, head_dim=128, block_m=64, block_n=32, num_warps=4),
     *attention_fwd_sm80(FLOAT32, head_dim=256, block_m=32, block_n=32, num_warps=2),
     *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),
-    *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=4),
     *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=2),
-    *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=4),
-    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=4, num_stages=2),
-    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=4, num_stages=3),
+    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=2, num_stages=2),
     *decode_sm80(FLOAT32, head_dim=64, block_n=16, num_warps=4, num_stages=2),
-    *decode_sm80(FLOAT32, head_dim=128, block_n=16, num_warps=4, num_stages=2),
-    *decode_sm80(FLOAT32, head_dim=256, block_n=16, num_warps=2, num_stages=2),
+    *decode_sm80(FLOAT32, head_dim=128, block_n=16, num_warps=2, num_stages=2),
+    *decode_sm80(
+        FLOAT32,
+        head_dim=256,
+        block_n=16,
+        num_warps=2,
+        num_stages=1,
+        allow_spill="three words on sm_90, once for every 32 KB of keys and values",
+    ),
     *combine_sm80(SIXTEEN_BIT, partial="float32"),
     *combine_sm80(["bfloat16"], partial="bfloat16"),
     *combine_sm80(["float16"], partial="float16"),

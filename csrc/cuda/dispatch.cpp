@@ -81,12 +81,14 @@ const Instance& choose_attention(const std::string& kernel, ElementType element,
          " on compute capability ", device.arch / 10, ".", device.arch % 10,
          " (built: 8.0 and up, head_dim to 256): impl='reference' runs there");
   }
-  // The deepest pipeline that leaves room for a second thread block; else the first that fits.
+  // The most warps that shared memory lets a multiprocessor hold; at a tie the first of the table.
   const Instance* best = nullptr;
+  int64_t most_warps = 0;
   for (const Instance* row : rows) {
     if (row->smem_bytes > device.smem_optin) continue;
-    const bool shares = blocks_per_sm(row->smem_bytes, device.smem_per_sm) >= 2;
-    if (best == nullptr || (shares && row->num_stages > best->num_stages)) best = row;
+    const int64_t warps = blocks_per_sm(row->smem_bytes, device.smem_per_sm) * row->num_warps;
+    if (warps > most_warps) best = row;
+    most_warps = std::max(warps, most_warps);
   }
   if (best == nullptr) {
     int64_t least = rows.front()->smem_bytes;

@@ -46,6 +46,8 @@ struct Traits {
   using Scores = tile::Accumulator<m_tiles, Cfg::block_n>;
   using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
   static constexpr int smem_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
+  // Eight warps on a multiprocessor have 255 registers a thread.
+  static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
 
 // What a thread block works on, the same for all of its threads.
@@ -233,7 +235,7 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(Traits<Cfg>::num_threads, 2)
+__global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_per_sm)
     attention_fwd_sm80(const __grid_constant__ Params p) {
   const Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
   const KeyBlocks blocks = key_blocks(b);

@@ -56,8 +56,8 @@ struct Traits {
   using OutputTile = tile::SmemAccumulator<Cfg::block_m, Cfg::head_dim>;
   static constexpr int merge_bytes = Cfg::num_warps * (OutputTile::bytes + Cfg::block_m * 8);
   static constexpr int smem_bytes = QTile::bytes + std::max(ring_bytes, merge_bytes);
-  // What the host counts on when it chooses the splits; it also keeps registers below 256.
-  static constexpr int blocks_per_sm = 2;
+  // Eight warps on a multiprocessor have 255 registers a thread.
+  static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
 
 // What a thread block works on, the same for all of its threads.
