@@ -63,9 +63,9 @@ bool rows_are_aligned(const Strided<Pointer>& x, int64_t element_size) {
 // The kernels index rows and keys with 32 bits; offsets in memory have 64.
 void check_sizes(const char* kernel, const CudaAttentionParams& p) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  if (p.seqlen_kv > kMost) fail(kernel, ": expected at most 2^30 keys, got ", p.seqlen_kv);
-  if (p.rows_per_kv_head() > kMost) {
-    fail(kernel, ": expected at most 2^30 rows (queries times the heads of a group), got ",
+  if (p.seqlen_kv >= kMost) fail(kernel, ": expected less than 2^30 keys, got ", p.seqlen_kv);
+  if (p.rows_per_kv_head() >= kMost) {
+    fail(kernel, ": expected less than 2^30 rows (queries times the heads of a group), got ",
          p.rows_per_kv_head());
   }
 }
@@ -173,7 +173,6 @@ Status run_combine(const CombineParams& p, ElementType element, const Device& de
     const Instance& row = *kInstances[i];
     if (std::string("combine") != row.kernel || device.arch < row.arch) continue;
     if (row.element != element || row.partial != partial) continue;
-    if (p.head_dim_v > 256) fail("combine: expected head_dim_v <= 256, got ", p.head_dim_v);
     const int64_t rows = p.batch_size * p.seqlen_q * p.num_heads_q;
     if (checked_blocks(row, ceil_div(rows, 4)) == 0) return 0;
     return row.launch(&p, stream);

@@ -78,9 +78,7 @@ class Executor:
         call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
         return call.results(return_lse)
 
-    def decode(
-        self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments
-    ):
+    def decode(self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments):
         """`flashinfer_lite.decode` on the executor."""
         call = _Call(self, q, k, v, arguments)
         plan = self.module.plan_decode(
@@ -253,4 +251,3 @@ class _Call:
 def instances(kernel=None):
     """Rows of the compiled instance table, as dictionaries."""
     return [row for row in load().instances() if kernel in (None, row["kernel"])]
-

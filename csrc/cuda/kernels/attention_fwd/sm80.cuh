@@ -104,7 +104,7 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Block<Cfg>& b) {
   const Visibility visible = b.slots.visibility(b.p);
   const KeyRange some = visible.rows(first_query, last_query);
   if (some.empty()) return {0, 0, 0, 0};
-  // Slots number at most 2^30: from here on 32 bits do.
+  // Slots number less than 2^30: from here on 32 bits do.
   constexpr int block_n = Cfg::block_n;
   const int origin = b.slots.begin;
   KeyBlocks n;

@@ -21,7 +21,7 @@ using Params = CombineParams;
 
 constexpr int kWarps = 4;  // rows per thread block
 constexpr int kThreads = kWarps * 32;
-constexpr int kColumns = 256 / 32;  // of the widest head, per lane
+constexpr int kColumns = 256 / 32;  // per lane, at a time
 
 struct CombineRow {
   int64_t batch_idx, query, head;
@@ -61,33 +61,37 @@ __global__ void __launch_bounds__(kThreads) combine_sm80(const __grid_constant__
   const Partial* out_partial = static_cast<const Partial*>(p.out_partial.data) +
                                row.batch_idx * p.out_partial.batch +
                                row.query * p.out_partial.seqlen + row.head * p.out_partial.head;
-  const float largest = largest_lse(p, lse_partial, lane);
-  float sum[kColumns] = {};
-  float weights = 0.f;
-#pragma unroll 1
-  for (int64_t s = 0; s < p.num_states; ++s) {
-    const float lse = arch::ldg(lse_partial + s * p.lse_partial_state);
-    if (lse == tile::kMinusInf) continue;
-    const float weight = arch::exp2((lse - largest) * kLog2E);
-    weights += weight;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const int col = i * 32 + lane;
-      if (!arch::predicate(col < p.head_dim_v)) continue;
-      const Partial x = arch::ldg(out_partial + s * p.out_partial_state + col);
-      sum[i] = fmaf(weight, arch::to_float(x), sum[i]);
-    }
-  }
-
-  const float inverse = weights == 0.f ? 0.f : 1.f / weights;
   Element* out = static_cast<Element*>(p.out.data) + row.batch_idx * p.out.batch +
                  row.query * p.out.seqlen + row.head * p.out.head;
+  const float largest = largest_lse(p, lse_partial, lane);
+  float weights = 0.f;
+  int64_t first_col = 0;
+  do {  // once for heads to 256
+    float sum[kColumns] = {};
+    weights = 0.f;
+#pragma unroll 1
+    for (int64_t s = 0; s < p.num_states; ++s) {
+      const float lse = arch::ldg(lse_partial + s * p.lse_partial_state);
+      if (lse == tile::kMinusInf) continue;
+      const float weight = arch::exp2((lse - largest) * kLog2E);
+      weights += weight;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    const int col = i * 32 + lane;
-    if (!arch::predicate(col < p.head_dim_v)) continue;
-    arch::stg(out + col, arch::from_float<Element>(sum[i] * inverse));
-  }
+      for (int i = 0; i < kColumns; ++i) {
+        const int64_t col = first_col + i * 32 + lane;
+        if (!arch::predicate(col < p.head_dim_v)) continue;
+        const Partial x = arch::ldg(out_partial + s * p.out_partial_state + col);
+        sum[i] = fmaf(weight, arch::to_float(x), sum[i]);
+      }
+    }
+    const float inverse = weights == 0.f ? 0.f : 1.f / weights;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t col = first_col + i * 32 + lane;
+      if (!arch::predicate(col < p.head_dim_v)) continue;
+      arch::stg(out + col, arch::from_float<Element>(sum[i] * inverse));
+    }
+    first_col += kColumns * 32;
+  } while (first_col < p.head_dim_v);
   if (lane == 0) {
     const int64_t at = (row.batch_idx * p.num_heads_q + row.head) * p.seqlen_q + row.query;
     arch::stg(static_cast<float*>(p.lse) + at,

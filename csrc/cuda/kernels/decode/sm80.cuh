@@ -129,7 +129,7 @@ __device__ __forceinline__ SplitKeys split_keys(const Block<Cfg>& b) {
   const int last_query = b.rows[last_row].query;
   const Visibility visible = b.slots.visibility(b.p);
   const KeyRange some = visible.rows(first_query, last_query);
-  // Slots number at most 2^30: from here on 32 bits do, whose divisions are short.
+  // Slots number less than 2^30: from here on 32 bits do, whose divisions are short.
   const auto seen_begin = static_cast<int>(some.begin);
   const auto seen_end = static_cast<int>(some.end);
   const auto kv_splits = static_cast<int>(b.p.kv_splits);
