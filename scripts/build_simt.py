@@ -1,9 +1,12 @@
 """Build the executor, which runs the CUDA kernels on a CPU: build/simt/_simt<suffix>.so.
 
-    python scripts/build_simt.py
+    python scripts/build_simt.py [--ops]
 
 A Python module for the tests, never part of the package: the kernels' rows (csrc/instances.py), the
 host code that chooses among them, and csrc/simt, compiled by g++ alone. Needs pybind11, not torch.
+
+--ops also builds _C_cuda_simt<suffix>.so: the CUDA ops with these kernels, on a made-up machine
+(csrc/simt/fake_cuda). Needs torch, but neither CUDA nor its headers.
 
 Environment, besides MAX_JOBS, CXX and FLASHINFER_LITE_WERROR of setup.py
     FLASHINFER_LITE_ROWS        e.g. decode_*_d64_s2: only these rows of the table
@@ -11,11 +14,13 @@ Environment, besides MAX_JOBS, CXX and FLASHINFER_LITE_WERROR of setup.py
                                 checkers too; built in build/simt-hooks/
 """
 
+import argparse
 import os
 import sys
 import sysconfig
 import time
 
+from bootstrap import MIN_TORCH
 from build_graph import Graph
 from build_machine import ROOT, fail, max_jobs, sources
 
@@ -28,7 +33,8 @@ CXXFLAGS = "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fvisibility=hidden"
 WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas"
 # The compiler calls __tsan_read4 and its like at each access; csrc/simt/hooks.cpp defines them.
 HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0"
-MODULE = "_simt" + sysconfig.get_config_var("EXT_SUFFIX")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+MODULE, OPS_MODULE = f"_simt{SUFFIX}", f"_C_cuda_simt{SUFFIX}"
 
 
 def cxxflags():
@@ -44,28 +50,62 @@ def cxxflags():
     return flags
 
 
-def build(hooks):
-    """-> the path of the module."""
+def torch_flags():
+    """The compiler's flags for code that includes torch's headers, and the linker's."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    major, minor = MIN_TORCH
+    cxx = [f"-DTORCH_TARGET_VERSION=0x{major << 56 | minor << 48:016x}"]
+    for path in include_paths():
+        cxx += ["-isystem", path]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    return cxx, libraries
+
+
+def add_ops(graph, chosen, objects):
+    """The module of the ops; `objects` are the executor's and the rows'."""
+    cxx, libraries = torch_flags()
+    fake = "csrc/simt/fake_cuda"
+    graph.command("opsflags", [f"-I{ROOT / fake}", *cxx])
+    rows = "".join(f"FIL_ROW({row.name})\n" for row in chosen)
+    instances.write_if_changed(graph.folder / "instances" / "rows.inc", rows)
+    graph.command("fakeflags", [f"-I{graph.folder}"])
+    objects = [
+        *objects,
+        *(graph.compile(path, "$cxxflags $fakeflags") for path in sources(f"{fake}/*.cpp")),
+        *(graph.compile(path, "$cxxflags $opsflags") for path in sources("csrc/ops/*_cuda.cpp")),
+    ]
+    return graph.link(OPS_MODULE, objects, "-shared", libraries)
+
+
+def build(hooks, ops):
+    """-> the paths of the modules."""
     graph = Graph(ROOT / "build" / ("simt-hooks" if hooks else "simt"))
     graph.command("cxxflags", cxxflags())
     graph.command("kernelflags", HOOKS.split() if hooks else [])
     chosen = instances.selected_rows()
     units, listing = instances.generate(graph.folder / "instances", ".cpp", chosen)
-    host = sources("csrc/simt/**/*.cpp", "csrc/cuda/dispatch*.cpp")
+    host = sources("csrc/simt/*.cpp", "csrc/simt/selftest/*.cpp", "csrc/cuda/dispatch*.cpp")
     if not hooks:
         host = [path for path in host if not path.endswith("/hooks.cpp")]
     objects = [graph.compile(path, "$cxxflags $kernelflags") for path in units.values()]
-    objects += [graph.compile(path, "$cxxflags") for path in (listing, *host)]
-    module = graph.link(MODULE, objects, "-shared")
+    host = [graph.compile(path, "$cxxflags") for path in host]
+    modules = [graph.link(MODULE, [*objects, graph.compile(listing, "$cxxflags"), *host], "-shared")]
+    if ops:
+        modules.append(add_ops(graph, chosen, [*objects, *host]))
     graph.run(max_jobs(BYTES_PER_JOB))
-    return module
+    return modules
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--ops", action="store_true", help="also the CUDA ops on a made-up machine")
+    arguments = parser.parse_args()
     started = time.monotonic()
-    module = build(hooks=os.environ.get("FLASHINFER_LITE_SIMT_HOOKS") == "1")
+    modules = build(os.environ.get("FLASHINFER_LITE_SIMT_HOOKS") == "1", arguments.ops)
     seconds = time.monotonic() - started
-    print(f"{module.relative_to(ROOT)} up to date in {seconds:.1f} s", flush=True)
+    names = " and ".join(str(module.relative_to(ROOT)) for module in modules)
+    print(f"{names} up to date in {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
