@@ -90,7 +90,8 @@ def build(hooks, ops):
         host = [path for path in host if not path.endswith("/hooks.cpp")]
     objects = [graph.compile(path, "$cxxflags $kernelflags") for path in units.values()]
     host = [graph.compile(path, "$cxxflags") for path in host]
-    modules = [graph.link(MODULE, [*objects, graph.compile(listing, "$cxxflags"), *host], "-shared")]
+    rows = graph.compile(listing, "$cxxflags")
+    modules = [graph.link(MODULE, [*objects, rows, *host], "-shared")]
     if ops:
         modules.append(add_ops(graph, chosen, [*objects, *host]))
     graph.run(max_jobs(BYTES_PER_JOB))
