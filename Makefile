@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass demo bench lint format
+.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass static demo bench lint format
 .PHONY: asan wheel clean
 
 help:  ## print this list
@@ -52,6 +52,10 @@ sass: venv  ## machine instructions of each CUDA kernel, from the last CUDA buil
 	@$(PYTHON) scripts/bootstrap.py $(VENV) --also sass
 	@$(BIN)/python scripts/kernel_report.py sass
 
+static: venv  ## write docs/kernels/static.md: both of the above, with occupancy
+	@$(PYTHON) scripts/bootstrap.py $(VENV) --also sass
+	@$(BIN)/python scripts/kernel_report.py static
+
 demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours
 	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(ARGS)
 
@@ -79,10 +83,8 @@ asan: venv  ## the hostile calls under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q --capture=sys tests/test_hostile.py $(ARGS)
 
-sanitize: build simt  ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
-	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python scripts/test_gpu.py $(ARGS) || exit 1; \
-	done
+sanitize: build  ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
+	$(BIN)/python scripts/test_gpu.py --stage sanitizer $(ARGS)
 
 wheel: venv  ## one wheel for every Python >= 3.10, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

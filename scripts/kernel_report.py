@@ -4,6 +4,7 @@
                                              fails on a spill that the row does not explain
     python scripts/kernel_report.py sass     counts of machine instructions; fails where one that
                                              the kernel is written for is missing
+    python scripts/kernel_report.py static   both, with occupancy, as docs/kernels/static.md
 
 The first reads what ptxas said during the build, the second disassembles the objects.
 """
@@ -115,10 +116,9 @@ def count(opcodes, name):
     return sum(n for opcode, n in opcodes.items() if f"{opcode}.".startswith(f"{name}."))
 
 
-def report_sass():
-    """Print the table; -> problems."""
+def opcodes_of_rows(rows):
+    """-> [{architecture: Counter of opcodes}] of the rows' objects."""
     cuobjdump = find_cuobjdump() or fail("no cuobjdump: run make sass, which installs it")
-    rows = built_rows()
     tools = os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])
 
     def disassemble(unit):
@@ -129,11 +129,16 @@ def report_sass():
         return answer.stdout if answer.returncode == 0 else fail(f"cuobjdump: {answer.stderr}")
 
     with ThreadPoolExecutor(max_jobs(2**30)) as pool:
-        texts = list(pool.map(disassemble, [unit for _, _, unit in rows]))
+        return list(map(parse_sass, pool.map(disassemble, [unit for _, _, unit in rows])))
+
+
+def report_sass():
+    """Print the table; -> problems."""
+    rows = built_rows()
     problems = []
     print(f"{'row':<42}{'arch':<7}{'all':>7}", *(f"{column:>8}" for column in SASS_COLUMNS))
-    for (row, _, _), text in zip(rows, texts, strict=True):
-        for arch, opcodes in parse_sass(text).items():
+    for (row, _, _), by_arch in zip(rows, opcodes_of_rows(rows), strict=True):
+        for arch, opcodes in by_arch.items():
             numbers = (f"{count(opcodes, column):>8}" for column in SASS_COLUMNS)
             print(f"{row.name:<42}{arch:<7}{opcodes.total():>7}", *numbers)
             wanted = row.traits.instructions(row.dtype)
@@ -143,8 +148,49 @@ def report_sass():
     return problems
 
 
+def resident_blocks(threads, registers, smem_bytes, smem_per_sm):
+    """Thread blocks that share a multiprocessor: 65536 registers, given out 256 to a warp."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(by_registers, smem_per_sm // (smem_bytes + 1024), 2048 // threads)
+
+
+STATIC_INTRODUCTION = """# What the compiler made of the kernels
+
+Written by `make static` from the last CUDA build; nothing here was measured on a GPU. Registers
+and spills are ptxas' own words, instructions are counted in the disassembly of the whole kernel:
+the steps over full and over masked blocks and the exact path. Blocks are those that registers and
+shared memory let share a multiprocessor with 100, 164 and 228 KB (8.6 and 8.9, 8.0, 9.0).
+"""
+
+
+def report_static():
+    """Write docs/kernels/static.md."""
+    rows = built_rows()
+    columns = ("HMMA", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "BAR")
+    heads = ("row", "arch", "registers", "spilled bytes", "shared memory", "blocks", "instructions")
+    lines = [STATIC_INTRODUCTION, f"| {' | '.join((*heads, *columns))} |"]
+    lines.append("|---" * (len(heads) + len(columns)) + "|")
+    for (row, smem_bytes, unit), by_arch in zip(rows, opcodes_of_rows(rows), strict=True):
+        usage = parse_ptxas(unit.with_name(f"{unit.name}.ptxas").read_text())
+        for arch, used in sorted(usage.items()):
+            threads = 32 * (row.num_warps or 4)
+            blocks = [
+                resident_blocks(threads, used["registers"], smem_bytes, kilobytes * 1024)
+                for kilobytes in (100, 164, 228)
+            ]
+            spilled = used["spill stores"] + used["spill loads"]
+            cells = [f"`{row.name}`", arch, used["registers"], spilled, smem_bytes]
+            cells += [" / ".join(map(str, blocks)), by_arch[arch].total()]
+            cells += [count(by_arch[arch], column) for column in columns]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    path = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "static.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}")
+    return []
+
+
 def main():
-    reports = {"ptxas": report_ptxas, "sass": report_sass}
+    reports = {"ptxas": report_ptxas, "sass": report_sass, "static": report_static}
     if len(sys.argv) != 2 or sys.argv[1] not in reports:
         sys.exit(__doc__)
     problems = reports[sys.argv[1]]()
