@@ -64,6 +64,7 @@ uint32_t draw_ticket(const Params& p) {
   const uint32_t last = static_cast<uint32_t>(arch::num_blocks()) - 1;
   uint32_t number = 0;
   if (!p.is("no fence before the ticket")) arch::fence_gpu();
+  if (p.is("written after the fence")) arch::stg(p.out + kThreads * arch::block_idx(), 0u);
   if (p.is("atomic_add instead")) {
     number = arch::atomic_add(p.state, 1u);
   } else if (p.is("a float counts")) {

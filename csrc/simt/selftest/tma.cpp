@@ -43,6 +43,10 @@ void tma_boxes(const Params& p) {
     arch::sts(word_address(thread), 0u);
     if (p.is("written before")) arch::fence_proxy_async();
   }
+  if (p.is("written after the proxy fence")) {
+    arch::fence_proxy_async();
+    arch::sts(word_address(thread), 0u);
+  }
   arch::sync_threads();
   if (thread == 0) issue_loads(p, barrier);
   if (p.is("polling")) {
