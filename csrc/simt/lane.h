@@ -77,7 +77,7 @@ struct Warp {
   uint32_t exist = 0;    // lanes that were launched
   uint32_t live = 0;     // lanes that have not exited
   uint32_t parked = 0;   // lanes that wait in a warp collective
-  uint32_t polling = 0;  // lanes that poll an mbarrier, until the next phase of any completes
+  uint32_t polling = 0;  // lanes that poll an mbarrier, while others can run and no phase completes
   int index = 0;
   Lane* lanes = nullptr;
   AccessLog log;

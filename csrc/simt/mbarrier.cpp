@@ -11,6 +11,8 @@ namespace flashinfer_lite::simt {
 namespace {
 
 constexpr uint32_t kMbarrierBytes = 8;
+// A thread may ask a few times and then do something else; one that asks for longer waits.
+constexpr int kMaxIdlePolls = 1000;
 
 // The initialised barrier at the address, whose initialisation the running thread knows of.
 Mbarrier& use_mbarrier(uint32_t address, Site site) {
@@ -48,7 +50,20 @@ void publish_mbarriers(Block& block) {
 
 }  // namespace
 
+bool wake_pollers(Block& block) {
+  if (++block.mbarriers.idle_polls > kMaxIdlePolls) return false;
+  bool any = false;
+  for (int i = 0; i < block.num_warps; i++) {
+    Warp& warp = block.warps[i];
+    any |= warp.polling != 0;
+    warp.ready |= warp.polling;
+    warp.polling = 0;
+  }
+  return any;
+}
+
 void complete_phase_if_due(Block& block, Mbarrier& barrier) {
+  block.mbarriers.idle_polls = 0;
   if (barrier.pending != 0 || barrier.transaction_bytes != 0) return;
   barrier.phase++;
   barrier.pending = barrier.expected;
@@ -65,6 +80,7 @@ void complete_phase_if_due(Block& block, Mbarrier& barrier) {
     warp.polling = 0;
   }
   barrier.waiting.fill(0);
+  barrier.polled.fill(0);
 }
 
 Mbarrier& mbarrier_of_load(uint32_t address, Site site) {
@@ -139,7 +155,11 @@ bool mbarrier_test_wait(uint32_t address, uint32_t parity, Site site) {
     acquire_phase(barrier, *lane.warp, bit);
     return true;
   }
-  // Asking again before some phase completes would tell nothing new.
+  if ((barrier.polled[lane.warp->index] & bit) == 0) {
+    barrier.polled[lane.warp->index] |= bit;
+    return false;
+  }
+  // Asking again before some phase completes would tell nothing new: the others run first.
   lane.op = Op::kPoll;
   lane.site = site;
   lane.warp->polling |= bit;

@@ -26,6 +26,7 @@ struct Mbarrier {
   ClockRef joined;         // of the arrivals of this phase
   ClockRef completed;      // of the previous phase
   std::array<uint32_t, kMaxWarps> waiting{};
+  std::array<uint32_t, kMaxWarps> polled{};  // lanes that asked for this phase already
   Site site;
 };
 
@@ -52,6 +53,7 @@ struct TmaLoad {
 struct Mbarriers {
   std::map<uint32_t, Mbarrier> by_address;
   std::deque<TmaLoad> loads;  // in flight
+  int idle_polls = 0;         // rounds of polls since the last arrival
 };
 
 // Fills the 128 bytes of `map`; an error text if the driver would refuse such a map, else empty.
@@ -69,6 +71,8 @@ void tma_load_2d(uint32_t destination, const void* map, int column, int row, uin
 // The barrier that a TMA load completes on.
 Mbarrier& mbarrier_of_load(uint32_t address, Site site);
 void complete_phase_if_due(Block& block, Mbarrier& barrier);
+// Lets the lanes that poll ask again; false if none does, or if they have for too long.
+bool wake_pollers(Block& block);
 // Lets the oldest load land; false if none is in flight.
 bool land_one_load(Block& block);
 void report_unfinished_loads(Block& block);

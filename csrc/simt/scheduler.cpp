@@ -78,7 +78,7 @@ void reschedule() {
       return;
     }
     if (block.live_threads == 0) switch_to_main();
-    if (!land_one_load(block)) report_deadlock(block);
+    if (!land_one_load(block) && !wake_pollers(block)) report_deadlock(block);
   }
 }
 
