@@ -1,15 +1,15 @@
 """The functions of cuda/arch against the table, on the executor or (--device cuda) on a GPU."""
 
-import importlib
 import re
 import shutil
-import sys
 
 import golden_gpu
 import numpy as np
 import pytest
 from arch_declarations import ARCH, declared
 from golden_table import CASES
+
+from flashinfer_lite.testing import simt
 
 GOLDEN = ARCH.parent / "kernels" / "golden"
 CASES_BY_NAME = {case.name: case for case in CASES}
@@ -19,14 +19,7 @@ EXECUTOR_ONLY = {"flush_subnormal"}
 
 @pytest.fixture(scope="module")
 def executor():
-    folder = golden_gpu.ROOT / "build" / "simt"
-    sys.path.append(str(folder))
-    try:
-        return importlib.import_module("_simt")
-    except ModuleNotFoundError:
-        pytest.fail(f"no _simt in {folder}: run make simt")
-    finally:
-        sys.path.remove(str(folder))
+    return simt.load()
 
 
 @pytest.fixture(scope="module")
