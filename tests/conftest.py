@@ -27,6 +27,7 @@ hypothesis.settings.register_profile("fixed", max_examples=50, derandomize=True,
 hypothesis.settings.register_profile("explore", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile("fixed")
 
+pytest_plugins = ["cuda_coverage"]
 
 NO_FLOAT64 = "CUDA kernels refuse float64 by name"
 MARKERS = {

@@ -1,0 +1,275 @@
+"""What has run on the executor: a table of instance rows x features, from the calls themselves.
+
+The `executor` fixture makes executors that look at each call's arguments and results and record
+which features of which row it met. The terminal summary prints the table. A session that ran a
+row's tests of test_cuda_kernels.py fails if a cell of that row is empty, unless REFUSED says why.
+"""
+
+import string
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from _pytest.reports import TestReport
+
+from flashinfer_lite.testing import simt
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
+try:
+    from instances import ROWS
+except ImportError:  # a package without the repository
+    ROWS = []
+
+PROPERTY = "cuda_cell"
+MATRIX = "test_cuda_kernels.py"
+EXECUTOR = ("late copies", "eager copies", "block order", "2 OS threads")
+ATTENTION = (
+    *("all keys", "causal q<kv", "causal q=kv", "causal q>kv"),
+    *("top left q<kv", "top left q=kv", "top left q>kv", "window"),
+    *("bool mask", "additive mask", "-inf in mask", "mask broadcast"),
+    *("kv_start", "seqlens int32", "seqlens int64", "softcap", "softcap saturated", "scale <= 0"),
+    *("group 1", "group 4", "group 7", "head_dim below row", "head_dim_v differs"),
+    *("fused views", "transposed", "stride 0", "misaligned"),
+    *("rows 1", "rows tile-1", "rows tile", "rows tile+1"),
+    *("keys 0", "keys 1", "keys tile-1", "keys tile", "keys tile+1"),
+    *("empty rows", "hidden NaN or inf", "visible NaN or inf", "extreme logits"),
+    "sequence alone",
+)
+DECODE = ("1 split", "2 splits", "7 splits", "empty splits", "batch invariant", "queries > 1")
+COMBINE = (
+    *("1 state", "2 states", "7 states", "40 states", "empty states", "NaN in empty state"),
+    *("strides", "columns % 32"),
+)
+FEATURES = {
+    "attention_fwd": (*ATTENTION, *EXECUTOR),
+    "decode": (*ATTENTION, *DECODE, *EXECUTOR),
+    "combine": (*COMBINE, *EXECUTOR),
+}
+# What the host code never asks of a row.
+REFUSED = {
+    (f"combine_sm80_{dtype}_from_float32", feature): reason
+    for dtype in ("bfloat16", "float16")
+    for feature, reason in (
+        ("1 state", "decode with one split writes out itself"),
+        ("strides", "decode's partials are contiguous"),
+    )
+}
+
+
+def _layouts(x):
+    batch_size, seqlen, num_heads, head_dim = x.shape
+    strides = [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+    size = x.element_size()
+    if 0 in strides:
+        yield "stride 0"
+    if num_heads > 1 and x.stride(2) > x.stride(1) > 0:
+        yield "transposed"
+    elif seqlen > 1 and x.stride(2) == head_dim and x.stride(1) > num_heads * head_dim:
+        yield "fused views"
+    if x.data_ptr() % 16 or any(s * size % 16 for s in strides[:-1]):
+        yield "misaligned"
+
+
+def _masks(q, k, causal=False, window=(-1, -1), mask=None, kv_start=None, seqlens_kv=None, **_):
+    relation = "<" if q.shape[1] < k.shape[1] else "=" if q.shape[1] == k.shape[1] else ">"
+    if causal:
+        yield f"{'top left' if causal == 'top_left' else 'causal'} q{relation}kv"
+    if tuple(window) != (-1, -1):
+        yield "window"
+    if mask is not None:
+        yield "bool mask" if mask.dtype == torch.bool else "additive mask"
+        if mask.dtype != torch.bool and (mask == -torch.inf).any():
+            yield "-inf in mask"
+        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        if mask.shape != full or 0 in mask.stride():
+            yield "mask broadcast"
+    if kv_start is not None:
+        yield "kv_start"
+    if seqlens_kv is not None:
+        yield f"seqlens {str(seqlens_kv.dtype).removeprefix('torch.')}"
+    elif not causal and tuple(window) == (-1, -1) and mask is None and kv_start is None:
+        yield "all keys"
+
+
+def _scores(q, k, softmax_scale=None, softcap=None, **_):
+    if softmax_scale is not None and softmax_scale <= 0:
+        yield "scale <= 0"
+    if softcap:
+        yield "softcap"
+        scale = q.shape[3] ** -0.5 if softmax_scale is None else abs(softmax_scale)
+        keys = k.float().repeat_interleave(q.shape[2] // k.shape[2], 2)
+        if (torch.einsum("bqhd,bkhd->bhqk", q.float(), keys) * scale / softcap).abs().max() > 10:
+            yield "softcap saturated"
+
+
+def _sizes(row, q, k, v):
+    group = q.shape[2] // k.shape[2]
+    if group in (1, 4, 7):
+        yield f"group {group}"
+    if q.shape[3] < row.head_dim:
+        yield "head_dim below row"
+    if q.shape[3] != v.shape[3]:
+        yield "head_dim_v differs"
+    for name, size, tile in (
+        ("rows", q.shape[1] * group, row.block_m),
+        ("keys", k.shape[1], row.block_n),
+    ):
+        near = {0: "0", 1: "1", tile - 1: "tile-1", tile: "tile", tile + 1: "tile+1"}
+        if size in near:
+            yield f"{name} {near[size]}"
+
+
+def _results(q, k, v, out, lse):
+    if (lse == -torch.inf).any():
+        yield "empty rows"
+    if not all(t.isfinite().all() for t in (k, v)):
+        yield f"{'hidden' if out.isfinite().all() else 'visible'} NaN or inf"
+    if (lse[lse.isfinite()].abs() > 88).any():  # exp of it leaves float32
+        yield "extreme logits"
+
+
+class Recording(simt.Executor):
+    """An executor of one row that tells `record` of every (row name, feature) that it meets."""
+
+    def __init__(self, row, record, **options):
+        super().__init__(row.name, **options)
+        self.row = row
+        self._record = record
+
+    def record(self, features, name=None):
+        options = self.options
+        for feature in (
+            *features,
+            "eager copies" if options.get("eager") else "late copies",
+            *(["block order"] if options["seed"] > 1 else []),
+            *(["2 OS threads"] if options.get("threads", 1) == 2 else []),
+        ):
+            self._record(name or self.row.name, feature)
+
+    def _record_attention(self, q, k, v, arguments, out, lse):
+        self.record(
+            [
+                *_masks(q, k, **arguments),
+                *_scores(q, k, **arguments),
+                *_sizes(self.row, q, k, v),
+                *(name for x in (q, k, v) if x.numel() for name in _layouts(x)),
+                *_results(q, k, v, out, lse),
+            ]
+        )
+
+    def attention(self, q, k, v, *, return_lse=False, **arguments):
+        out, lse = super().attention(q, k, v, return_lse=True, **arguments)
+        self._record_attention(q, k, v, arguments, out, lse)
+        return (out, lse) if return_lse else out
+
+    def decode(self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments):
+        splitting = {"kv_splits": kv_splits, "batch_invariant": batch_invariant}
+        out, lse = super().decode(q, k, v, return_lse=True, **splitting, **arguments)
+        self._record_attention(q, k, v, arguments, out, lse)
+        splits = self.plan.kv_splits
+        self.record(["1 split" if splits == 1 else f"{splits} splits"])
+        empty = splits > -(-k.shape[1] // self.row.block_n)
+        self.record(
+            [
+                *(["empty splits"] if empty else []),
+                *(["batch invariant"] if batch_invariant else []),
+                *(["queries > 1"] if q.shape[1] > 1 else []),
+            ]
+        )
+        if splits > 1:  # unwritten partials are NaN
+            merged = ["empty states", "NaN in empty state"] if empty else []
+            merged += [f"{splits} states", *(["columns % 32"] if v.shape[3] % 32 else [])]
+            self.record(merged, f"combine_sm80_{self.row.dtype}_from_float32")
+        return (out, lse) if return_lse else out
+
+    def merge_states(self, outs, lses):
+        out, lse = super().merge_states(outs, lses)
+        empty = lses == -torch.inf
+        self.record(
+            [
+                f"{len(outs)} state{'s' if len(outs) > 1 else ''}",
+                *(["empty states"] if empty.any() else []),
+                *(["NaN in empty state"] if outs.transpose(2, 3)[empty].isnan().any() else []),
+                *(["strides"] if not outs.is_contiguous() else []),
+                *(["columns % 32"] if outs.shape[4] % 32 else []),
+            ]
+        )
+        return out, lse
+
+
+@pytest.fixture
+def executor(record_property):
+    """A function that makes the executor of a row: `executor(row, seed=2, eager=True)`."""
+    seen = set()
+
+    def record(name, feature):
+        if (name, feature) not in seen:
+            seen.add((name, feature))
+            record_property(PROPERTY, f"{name}|{feature}")
+
+    return lambda row, **options: Recording(row, record, **options)
+
+
+def _cells(reporter):
+    """How many tests met each (row, feature), and whether the whole matrix was asked for."""
+    cells, matrix = Counter(), False
+    for report in (*reporter.getreports("passed"), *reporter.getreports("failed")):
+        found = [value for name, value in report.user_properties if name == PROPERTY]
+        if found and report.when == "call":
+            cells.update(tuple(value.split("|")) for value in found)
+            matrix = matrix or MATRIX in report.nodeid
+    option = reporter.config.option
+    narrowed = option.keyword or option.lf or any("::" in arg for arg in reporter.config.args)
+    return cells, matrix and not narrowed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Adds a failed test, in the process that has the reports, if a cell is empty."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    cells, whole = _cells(reporter)
+    empty = [
+        f"{feature!r} on {row.name}"
+        for row in ROWS
+        for feature in FEATURES[row.kernel]
+        if whole and not cells[row.name, feature] and (row.name, feature) not in REFUSED
+    ]
+    if not empty:
+        return
+    name = "every_feature_met_every_row"
+    place = ("tests/cuda_coverage.py", None, name)
+    text = "no test ran " + ", ".join(empty)
+    report = TestReport(f"tests/cuda_coverage.py::{name}", place, {}, "failed", text, "call")
+    session.config.hook.pytest_runtest_logreport(report=report)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _symbol(cells, name, feature):
+    if (name, feature) in REFUSED:
+        return "-"
+    count = cells[name, feature]
+    return "." if count == 0 else str(min(count, 9))
+
+
+def pytest_terminal_summary(terminalreporter):
+    cells, _ = _cells(terminalreporter)
+    if not cells:
+        return
+    terminalreporter.section("CUDA kernels on the executor: tests of each row and feature")
+    terminalreporter.write_line("9: nine or more, '.': none, '-': refused, see below")
+    for kernel, features in FEATURES.items():
+        keys = string.ascii_letters[: len(features)]
+        legend = ", ".join(f"{key} {name}" for key, name in zip(keys, features, strict=True))
+        terminalreporter.write_line("")
+        terminalreporter.write_line(textwrap.fill(f"{kernel}: {legend}", 98))
+        terminalreporter.write_line(" " * 36 + keys)
+        for row in (row for row in ROWS if row.kernel == kernel):
+            line = "".join(_symbol(cells, row.name, feature) for feature in features)
+            terminalreporter.write_line(f"{row.name:36}{line}")
+    for (name, feature), reason in REFUSED.items():
+        terminalreporter.write_line(f"{name}: {feature!r} refused: {reason}")

@@ -1,0 +1,239 @@
+"""What the kernels ask of memory and tensor cores, to the last request, from the shape alone.
+
+A shared access costs no more wavefronts and a global one no more sectors than its bytes need, and
+there are as many of each as the formulas here say: no tile is loaded twice or in vain.
+"""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from cuda_coverage import ROWS
+
+from flashinfer_lite.testing import make_qkv
+
+pytestmark = pytest.mark.cpu_only("the executor runs kernels on the CPU")
+
+FORWARD_ROWS = [row for row in ROWS if row.kernel == "attention_fwd"]
+DECODE_ROWS = [row for row in ROWS if row.kernel == "decode"]
+COMBINE_ROWS = [row for row in ROWS if row.name.endswith(f"{row.dtype}_from_{row.dtype}")]
+every_forward = pytest.mark.parametrize("row", FORWARD_ROWS, ids=lambda row: row.name)
+every_decode = pytest.mark.parametrize("row", DECODE_ROWS, ids=lambda row: row.name)
+
+COPY, GEMM, EPILOGUE = "tile/copy.cuh", "tile/gemm.cuh", "tile/epilogue.cuh"
+
+
+def dtype_of(row):
+    return getattr(torch, row.dtype)
+
+
+def size_of(row):
+    return dtype_of(row).itemsize
+
+
+def per_warp(row, rows, threads=32):
+    """16-byte accesses of a warp's 32 lanes for so many rows of head_dim."""
+    return rows * row.head_dim * size_of(row) // (16 * threads)
+
+
+# Where `actual` may exceed `ideal`; the formulas below say by how much.
+#   st.shared of the epilogue: in float32 the lanes of a row write 8 bytes each, and the swizzle of
+#     16-byte chunks leaves two rows on each bank.
+#   ld.global of combine: a lane takes the lse of a state, and states lie a whole batch apart; the
+#     rest of the sector is for the next rows' warps.
+BY_FORMULA = {("st.shared", EPILOGUE): "float32", ("ld.global", "combine/sm80.cuh"): ""}
+
+
+def counted(row, report):
+    """{(access, file): (requests, actual)}, after a look that `actual` is ideal."""
+    requests, actual = Counter(), Counter()
+    for access, file, line, number, ideal, cost in report.counters:
+        key = access, file
+        requests[key] += number
+        actual[key] += cost
+        excused = key in BY_FORMULA and row.dtype.endswith(BY_FORMULA[key])
+        assert cost == ideal or excused, f"{access} at {file}:{line}: {cost}, ideal {ideal}"
+    return {key: (requests[key], actual[key]) for key in requests}
+
+
+def products(row, steps):
+    """Requests of both products for so many (warp with 16 rows) x (block of keys)."""
+    keys, columns = row.block_n, row.head_dim
+    m_tiles = max(row.block_m // 16 // row.num_warps, 1) if row.kernel == "attention_fwd" else 1
+    if row.dtype == "float32":
+        q = columns // 4 * 2 * m_tiles  # four columns of two rows a lane
+        k = columns // 4 * keys // 4  # of two keys of each n tile
+        v = keys * columns // 8  # two columns of every key, for each n tile
+        return ("ld.shared", steps * (q + k + v), steps * 4 * (q + k) + steps * 2 * v)
+    q = columns // 16 * m_tiles
+    k = v = columns // 16 * keys // 16
+    return ("ldmatrix", steps * (q + k + v), steps * 4 * (q + k + v))
+
+
+def mmas(row, steps):
+    m_tiles = row.block_m // 16 // row.num_warps if row.kernel == "attention_fwd" else 1
+    tiles = row.head_dim // 16 * (row.block_n // 8) + row.block_n // 16 * (row.head_dim // 8)
+    return 0 if row.dtype == "float32" else steps * m_tiles * tiles
+
+
+def key_blocks(row, seqlen_q, seqlen_kv, left=None, right=None):
+    """How many blocks of keys each block of rows sees some of, for group size 1."""
+    counts = []
+    for first in range(0, seqlen_q, row.block_m):
+        last = min(first + row.block_m, seqlen_q) - 1
+        diagonal = seqlen_kv - seqlen_q
+        begin = 0 if left is None else max(first + diagonal - left, 0)
+        end = seqlen_kv if right is None else min(last + diagonal + right + 1, seqlen_kv)
+        counts.append(-(-end // row.block_n) - begin // row.block_n)
+    return counts
+
+
+def forward_expected(row, blocks, steps):
+    """Of full blocks of rows; a step is one block of keys of one block of rows."""
+    kernel, chunks = "attention_fwd/sm80.cuh", row.head_dim * size_of(row) // 16
+    copies = blocks * per_warp(row, row.block_m) + 2 * steps * per_warp(row, row.block_n)
+    access, requests, wavefronts = products(row, steps * row.num_warps)
+    staged = blocks * row.block_m // 8 * row.head_dim // 8  # a pair of columns per lane
+    rows_out = blocks * row.block_m * chunks // 32
+    lse = blocks * row.block_m // 8  # eight neighbours, one sector
+    return {
+        ("cp.async.shared", COPY): (copies, 4 * copies),
+        ("cp.async.global", COPY): (copies, 16 * copies),
+        (access, GEMM): (requests, wavefronts),
+        ("st.shared", EPILOGUE): (staged, staged * (4 if row.dtype == "float32" else 1)),
+        ("ld.shared", EPILOGUE): (rows_out, 4 * rows_out),
+        ("st.global", EPILOGUE): (rows_out, 16 * rows_out),
+        ("st.global", kernel): (lse, lse),
+    }
+
+
+MASKS = {
+    "all": ({}, (None, None)),
+    "causal": ({"causal": True}, (None, 0)),
+    "window": ({"window": (40, 8)}, (40, 8)),
+}
+
+
+@every_forward
+@pytest.mark.parametrize("mask", MASKS)
+def test_forward(device, executor, row, mask):
+    """Causal loads no block above the diagonal, a window only the blocks that it touches."""
+    arguments, sides = MASKS[mask]
+    seqlen_q, seqlen_kv, heads = 2 * row.block_m, 3 * row.block_n + 2 * row.block_m, 2
+    if row.dtype == "float32":
+        seqlen_kv, heads = row.block_n + 2 * row.block_m, 1
+    q, k, v = make_qkv(1, seqlen_q, seqlen_kv, heads, heads, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    ex.attention(q, k, v, **arguments)
+    steps = heads * sum(key_blocks(row, seqlen_q, seqlen_kv, *sides))
+    expected = forward_expected(row, 2 * heads, steps)
+    assert counted(row, ex.report) == expected
+    assert ex.report.totals["mmas"] == mmas(row, steps * row.num_warps)
+    assert ex.report.totals["blocks"] == 2 * heads
+
+
+def test_steps_of_the_masks_differ():
+    for row in FORWARD_ROWS:
+        q, kv = 2 * row.block_m, 3 * row.block_n + 2 * row.block_m
+        counts = [sum(key_blocks(row, q, kv, *sides)) for _, sides in MASKS.values()]
+        assert counts == sorted(set(counts), reverse=True)
+
+
+def decode_expected(row, heads_kv, group, kv_splits, key_blocks):
+    """One query; a thread block for each KV head and split, with `key_blocks` blocks of keys."""
+    kernel, columns, size = "decode/sm80.cuh", row.head_dim, size_of(row)
+    blocks, rows_per_warp = heads_kv * kv_splits, max(128 // columns, 1)
+    kv = blocks * key_blocks * 2 * per_warp(row, row.block_n)
+    q_all, q = blocks * per_warp(row, 16), blocks * per_warp(row, group)
+    access, requests, wavefronts = products(row, blocks * key_blocks)
+    # The merge: every warp leaves 16 rows and their states, then a lane takes four columns.
+    left = row.num_warps * (columns // 8 * 2 + 2)
+    taken = blocks * group * columns // 128
+    read = taken * row.num_warps
+    lse = blocks * group // rows_per_warp
+    sectors = 16 if kv_splits > 1 else 4 * size
+    return {
+        ("cp.async.shared", COPY): (kv + q_all, 4 * (kv + q_all)),
+        ("cp.async.global", COPY): (kv + q, 16 * (kv + q)),
+        (access, GEMM): (requests, wavefronts),
+        ("st.shared", kernel): (blocks * left, 2 * blocks * left),
+        ("ld.shared", kernel): (2 * read, 4 * read + 2 * read),  # columns, and the row's state
+        ("st.global", kernel): (taken + lse, taken * sectors + lse),
+    }
+
+
+def combine_expected(row, rows, num_states, partial_size):
+    """`rows` heads of one query: a multiple of 8, so that no two states share a sector."""
+    kernel, columns = "combine/sm80.cuh", row.head_dim // 32
+    return {
+        ("ld.global", kernel): (
+            rows * (-(-num_states // 32) + num_states * (1 + columns)),
+            rows * num_states * (2 + columns * partial_size),
+        ),
+        ("st.global", kernel): (rows * (columns + 1), rows * (columns * size_of(row) + 1)),
+    }
+
+
+@every_decode
+@pytest.mark.parametrize("kv_splits", [1, 3])
+def test_decode(device, executor, row, kv_splits):
+    heads_kv, group, key_blocks = 2, 4, 5
+    keys = kv_splits * key_blocks * row.block_n
+    q, k, v = make_qkv(1, 1, keys, heads_kv * group, heads_kv, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    ex.decode(q, k, v, kv_splits=kv_splits)
+    expected = decode_expected(row, heads_kv, group, kv_splits, key_blocks)
+    if kv_splits > 1:
+        expected |= combine_expected(row, heads_kv * group, kv_splits, 4)
+    assert counted(row, ex.report) == expected
+    assert ex.report.totals["mmas"] == mmas(row, heads_kv * kv_splits * key_blocks)
+
+
+@every_decode
+def test_decode_under_a_window(device, executor, row):
+    """The blocks that the window touches and no other, in whichever split."""
+    q, k, v = make_qkv(1, 1, 20 * row.block_n, 4, 1, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    ex.decode(q, k, v, kv_splits=2, causal=True, window=(3 * row.block_n, 0))
+    requests, wavefronts = counted(row, ex.report)["cp.async.global", COPY]
+    # 3 block_n + 1 keys lie in four blocks, two for each split.
+    assert requests == 2 * per_warp(row, 4) + 4 * 2 * per_warp(row, row.block_n)
+
+
+@pytest.mark.parametrize("row", COMBINE_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("num_states", [1, 5, 33])
+def test_merge_states(device, executor, row, num_states):
+    """Each partial is read once; more than 32 states take a second look at lse."""
+    outs = torch.randn(num_states, 1, 1, 8, 128).to(dtype_of(row))
+    lses = torch.randn(num_states, 1, 8, 1)
+    ex = executor(row)
+    ex.merge_states(outs, lses)
+    row = dataclasses.replace(row, head_dim=128)
+    expected = combine_expected(row, 8, num_states, size_of(row))
+    assert counted(row, ex.report) == expected
+
+
+@pytest.mark.parametrize("row", [FORWARD_ROWS[0], DECODE_ROWS[0]], ids=lambda row: row.name)
+def test_counters_do_not_depend_on_the_order_of_execution(device, executor, row):
+    q, k, v = make_qkv(2, 40, 100, 4, 2, row.head_dim, dtype=dtype_of(row))
+    reports = []
+    for options in ({}, {"seed": 2}, {"seed": 3, "threads": 2}, {"eager": True, "threads": 2}):
+        ex = executor(row, **options)
+        kernel = ex.attention if row.kernel == "attention_fwd" else ex.decode
+        kernel(q, k, v, causal=True)
+        totals = {name: x for name, x in ex.report.totals.items() if name != "seconds"}
+        reports.append((ex.report.counters, ex.report.sites, totals))
+    assert all(report == reports[0] for report in reports[1:])
+
+
+@pytest.mark.parametrize("row", [FORWARD_ROWS[0], DECODE_ROWS[0]], ids=lambda row: row.name)
+def test_only_the_block_that_met_nan_runs_again(device, executor, row):
+    q, k, v = make_qkv(1, 8, 2 * row.block_n, 3, 3, row.head_dim, dtype=dtype_of(row))
+    counts = []
+    for value in (0.0, torch.nan):
+        v[0, 3, 1, 2] = value
+        ex = executor(row)
+        (ex.attention if row.kernel == "attention_fwd" else ex.decode)(q, k, v)
+        counts.append(ex.report.totals["mmas"])
+    assert counts[1] * 3 == counts[0] * 4  # one head of three
