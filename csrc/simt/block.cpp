@@ -139,6 +139,7 @@ void Block::run(uint32_t block_index) {
     point.armed = false;
   } else {
     aborted = true;
+    session.memory().lock.unlock_if_held();
     report_fault(*this, point.address);
   }
   current_lane = &main_lane;

@@ -13,6 +13,7 @@ namespace flashinfer_lite::simt {
 
 namespace {
 
+constexpr uint64_t kAddressSpace = uint64_t{1} << 47;  // of a process on x86-64
 constexpr size_t kNearby = 64 * 1024;  // how far from a buffer an access is told to be "near" it
 
 template <class T>
@@ -47,6 +48,9 @@ bool prepare_atomic(const void* p, uint32_t bytes, Site site) {
 void GlobalMemory::add_buffer(void* start, size_t bytes, std::string name, bool writable,
                               bool initialised) {
   if (bytes == 0) return;
+  if (bytes > kAddressSpace || reinterpret_cast<uintptr_t>(start) > kAddressSpace - bytes) {
+    throw std::invalid_argument("the buffer " + name + " reaches beyond the address space");
+  }
   check_overlap(start, bytes, name);
   std::unique_ptr<GlobalWord, void (*)(void*)> shadow(nullptr, std::free);
   if (writable) {

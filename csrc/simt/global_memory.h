@@ -17,6 +17,7 @@
 namespace flashinfer_lite::simt {
 
 struct Block;
+extern constinit thread_local Block* current_block __attribute__((tls_model("initial-exec")));
 
 struct GlobalReader {
   uint32_t block;  // serial; 0 = none
@@ -57,16 +58,22 @@ struct Acquisition {
   uint32_t time;
 };
 
+// Knows the block that holds it, which may fault in the middle.
 class SpinLock {
  public:
   void lock() {
-    while (flag_.test_and_set(std::memory_order_acquire)) {
+    for (const Block* none = nullptr;
+         !holder_.compare_exchange_weak(none, current_block, std::memory_order_acquire);) {
+      none = nullptr;
     }
   }
-  void unlock() { flag_.clear(std::memory_order_release); }
+  void unlock() { holder_.store(nullptr, std::memory_order_release); }
+  void unlock_if_held() {
+    if (holder_.load(std::memory_order_relaxed) == current_block) unlock();
+  }
 
  private:
-  std::atomic_flag flag_;
+  std::atomic<const Block*> holder_ = nullptr;
 };
 
 class GlobalMemory {

@@ -11,9 +11,11 @@ namespace {
 constexpr size_t kGuardBytes = 64 * 1024;
 constexpr size_t kAlignment = 256;
 constexpr size_t kPage = 4096;
+constexpr size_t kMaxBytes = size_t{1} << 40;
 }  // namespace
 
 GuardedBuffer::GuardedBuffer(size_t bytes) : bytes_(bytes) {
+  if (bytes > kMaxBytes) throw std::bad_alloc();
   const size_t usable = (bytes / kPage + 1) * kPage;
   mapped_bytes_ = usable + 2 * kGuardBytes;
   void* memory =

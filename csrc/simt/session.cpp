@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <numeric>
+#include <stdexcept>
 #include <thread>
 
 #include "simt/block.h"
@@ -16,6 +17,8 @@ namespace {
 thread_local Session* session_of_thread = nullptr;
 
 constexpr uint32_t kMaxThreads = 1024;
+constexpr int kMaxOsThreads = 64;
+constexpr size_t kMaxStackBytes = 64 << 20;
 
 // splitmix64
 uint64_t next_random(uint64_t& state) {
@@ -51,10 +54,17 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 Session::Session(Options options) : options_(std::move(options)) {
-  options_.os_threads = std::max(1, options_.os_threads);
+  if (options_.os_threads < 1 || options_.os_threads > kMaxOsThreads) {
+    throw std::invalid_argument("threads: expected 1 to " + std::to_string(kMaxOsThreads));
+  }
+  if (options_.stack_bytes > kMaxStackBytes) {
+    throw std::invalid_argument("stack_bytes: expected at most " + std::to_string(kMaxStackBytes));
+  }
 }
 
-Session::~Session() = default;
+Session::~Session() {
+  if (session_of_thread == this) session_of_thread = nullptr;
+}
 
 void Session::launch(uint32_t blocks, uint32_t threads, uint32_t smem_bytes,
                      void (*kernel)(const void* params), const void* params) {
