@@ -32,6 +32,21 @@ void copy_chunk(const TmaLoad& load, int64_t row, int64_t column, uint8_t* desti
   }
 }
 
+// What the load reads of global memory: the part of its box that lies inside the matrix.
+void shadow_source(const TmaLoad& load) {
+  const TensorMap2d& map = load.map;
+  const int64_t first = std::max(load.column, 0);
+  const int64_t end = std::min<int64_t>(map.size[0], int64_t{load.column} + map.box[0]);
+  if (first >= end) return;
+  for (int64_t i = 0; i < map.box[1]; i++) {
+    const int64_t row = load.row + i;
+    if (row < 0 || row >= static_cast<int64_t>(map.size[1])) continue;
+    shadow_global(map.base + row * map.row_stride + first * map.element_bytes,
+                  static_cast<uint32_t>(end - first) * map.element_bytes, GlobalAccess::kRead,
+                  load.site);
+  }
+}
+
 void land(Block& block, const TmaLoad& load) {
   const uint32_t bytes = row_bytes(load.map);
   for (uint32_t row = 0; row < load.map.box[1]; row++) {
@@ -84,6 +99,7 @@ void tma_load_2d(uint32_t destination, const void* map, int column, int row, uin
   }
   const Mbarrier& barrier = mbarrier_of_load(mbarrier, site);
   if (block.options.check_races) {
+    shadow_source(load);
     check_proxy(*current_lane, destination, bytes, site);
     shadow_issue(*current_lane, destination, bytes, block.num_threads + barrier.index,
                  barrier.phase + 1, site);
