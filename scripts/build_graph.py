@@ -45,11 +45,14 @@ class Graph:
         self.lines.append(f"build {outputs}: {rule} {' '.join(map(escaped, inputs))}")
         self.lines += [f"  {name} = {value}" for name, value in variables.items()]
 
-    def compile(self, source, flags):
-        """Compile a source below the root or below our own folder; -> its object file."""
+    def compile(self, source, flags, below=""):
+        """Compile a source below the root or below our own folder; -> its object file.
+
+        `below` is a folder in our own, for a source that is compiled in more than one way.
+        """
         source = ROOT / source
         base = self.folder if source.is_relative_to(self.folder) else ROOT
-        target = self.folder / f"{source.relative_to(base)}.o"
+        target = self.folder / below / f"{source.relative_to(base)}.o"
         self.build(target, "cxx", [source], flags=flags)
         return target
 

@@ -5,13 +5,14 @@
 A Python module for the tests, never part of the package: the kernels' rows (csrc/instances.py), the
 host code that chooses among them, and csrc/simt, compiled by g++ alone. Needs pybind11, not torch.
 
+With it comes build/simt-hooks/_simt<suffix>.so, which shares all objects but those of its kernels:
+a few rows, instrumented, so that their plain loads and stores reach the checkers too.
+
 --ops also builds _C_cuda_simt<suffix>.so: the CUDA ops with these kernels, on a made-up machine
 (csrc/simt/fake_cuda). Needs torch, but neither CUDA nor its headers.
 
 Environment, besides MAX_JOBS, CXX and FLASHINFER_LITE_WERROR of setup.py
-    FLASHINFER_LITE_ROWS        e.g. decode_*_d64_s2: only these rows of the table
-    FLASHINFER_LITE_SIMT_HOOKS  1: instrument the kernels, so that plain loads and stores reach the
-                                checkers too; built in build/simt-hooks/
+    FLASHINFER_LITE_ROWS   e.g. decode_*_d64_s2: only these rows of the table
 """
 
 import argparse
@@ -30,10 +31,20 @@ import instances
 BYTES_PER_JOB = 2**30
 CXXFLAGS = "-std=c++20 -O2 -g1 -fPIC -ffp-contract=off -fvisibility=hidden"
 # g++ has no `#pragma unroll`, and need not: the executor runs the loop as it stands.
-WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas"
+WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+# A frame touches each of its pages, so that none reaches over the guard into the next stack.
+KERNELS = "-fstack-clash-protection"
 # The compiler calls __tsan_read4 and its like at each access; csrc/simt/hooks.cpp defines them.
 HOOKS = "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0"
+HOOKED_ROWS = {
+    "attention_fwd_sm80_bfloat16_d64",
+    "attention_fwd_sm80_float32_d64",
+    "decode_sm80_bfloat16_d64_s2",
+    "decode_sm80_float32_d64_s2",
+    "combine_sm80_bfloat16_from_float32",
+}
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+RAW, HOOKS_SOURCE = "csrc/simt/selftest/raw.cpp", "csrc/simt/hooks.cpp"
 MODULE, OPS_MODULE = f"_simt{SUFFIX}", f"_C_cuda_simt{SUFFIX}"
 
 
@@ -78,22 +89,39 @@ def add_ops(graph, chosen, objects):
     return graph.link(OPS_MODULE, objects, "-shared", libraries)
 
 
-def build(hooks, ops):
+def compile_kernels(graph, rows, folder, flags):
+    """Objects of rows and of the self test without wrappers; and that of the rows' list."""
+    units, listing = instances.generate(graph.folder / folder / "instances", ".cpp", rows)
+    return [
+        *(graph.compile(path, f"$cxxflags {flags}") for path in units.values()),
+        graph.compile(RAW, f"$cxxflags {flags}", below=folder),
+    ], graph.compile(listing, "$cxxflags")
+
+
+def add_hooks(graph, chosen, host):
+    """The module whose kernels are instrumented; -> a list of it, or of nothing."""
+    rows = [row for row in chosen if row.name in HOOKED_ROWS]
+    if not rows:
+        return []
+    graph.command("hooks", HOOKS.split())
+    kernels, listing = compile_kernels(graph, rows, "hooked", "$kernelflags $hooks")
+    objects = [*kernels, listing, *host, graph.compile(HOOKS_SOURCE, "$cxxflags")]
+    return [graph.link(ROOT / "build" / "simt-hooks" / MODULE, objects, "-shared")]
+
+
+def build(ops):
     """-> the paths of the modules."""
-    graph = Graph(ROOT / "build" / ("simt-hooks" if hooks else "simt"))
+    graph = Graph(ROOT / "build" / "simt")
     graph.command("cxxflags", cxxflags())
-    graph.command("kernelflags", HOOKS.split() if hooks else [])
+    graph.command("kernelflags", KERNELS.split())
     chosen = instances.selected_rows()
-    units, listing = instances.generate(graph.folder / "instances", ".cpp", chosen)
+    kernels, listing = compile_kernels(graph, chosen, "", "$kernelflags")
     host = sources("csrc/simt/*.cpp", "csrc/simt/selftest/*.cpp", "csrc/cuda/dispatch*.cpp")
-    if not hooks:
-        host = [path for path in host if not path.endswith("/hooks.cpp")]
-    objects = [graph.compile(path, "$cxxflags $kernelflags") for path in units.values()]
-    host = [graph.compile(path, "$cxxflags") for path in host]
-    rows = graph.compile(listing, "$cxxflags")
-    modules = [graph.link(MODULE, [*objects, rows, *host], "-shared")]
+    host = [graph.compile(path, "$cxxflags") for path in host if path not in (RAW, HOOKS_SOURCE)]
+    modules = [graph.link(MODULE, [*kernels, listing, *host], "-shared")]
+    modules += add_hooks(graph, chosen, host)
     if ops:
-        modules.append(add_ops(graph, chosen, [*objects, *host]))
+        modules.append(add_ops(graph, chosen, [*kernels, *host]))
     graph.run(max_jobs(BYTES_PER_JOB))
     return modules
 
@@ -103,7 +131,7 @@ def main():
     parser.add_argument("--ops", action="store_true", help="also the CUDA ops on a made-up machine")
     arguments = parser.parse_args()
     started = time.monotonic()
-    modules = build(os.environ.get("FLASHINFER_LITE_SIMT_HOOKS") == "1", arguments.ops)
+    modules = build(arguments.ops)
     seconds = time.monotonic() - started
     names = " and ".join(str(module.relative_to(ROOT)) for module in modules)
     print(f"{names} up to date in {seconds:.1f} s", flush=True)

@@ -112,14 +112,14 @@ py::buffer_info buffer_info(GuardedBuffer& buffer) {
 }  // namespace
 
 void bind_executor(py::module_& m) {
-  py::class_<GuardedBuffer>(m, "GuardedBuffer", py::buffer_protocol())
+  py::class_<GuardedBuffer>(m, "GuardedBuffer", py::buffer_protocol(), py::module_local())
       .def(py::init<size_t>(), py::arg("nbytes"))
       .def_buffer(&buffer_info)
       .def_property_readonly(
           "address", [](const GuardedBuffer& b) { return reinterpret_cast<uintptr_t>(b.data()); })
       .def_property_readonly("nbytes", &GuardedBuffer::bytes);
 
-  py::class_<Report>(m, "Report")
+  py::class_<Report>(m, "Report", py::module_local())
       .def_property_readonly("errors", &errors, "[(kind, file, line, count, text)]")
       .def_property_readonly("counters", &counters,
                              "[(access, file, line, requests, ideal, actual)]")
@@ -127,7 +127,7 @@ void bind_executor(py::module_& m) {
       .def_property_readonly("totals", &totals)
       .def("text", &Report::text);
 
-  py::class_<Session>(m, "Session")
+  py::class_<Session>(m, "Session", py::module_local())
       .def(py::init(&make_session), py::kw_only(), py::arg("checks") = "all",
            py::arg("eager") = false, py::arg("seed") = 0, py::arg("threads") = 1,
            py::arg("stack_bytes") = Options{}.stack_bytes,

@@ -90,7 +90,7 @@ void bind_address(py::class_<Params>& c, const char* name, Pointer Params::* mem
 
 void bind_attention_params(py::module_& m) {
   using P = CudaAttentionParams;
-  py::class_<P> c(m, "AttentionParams");
+  py::class_<P> c(m, "AttentionParams", py::module_local());
   c.def(py::init<>())
       .def_readwrite("batch_size", &P::batch_size)
       .def_readwrite("seqlen_q", &P::seqlen_q)
@@ -120,7 +120,7 @@ void bind_attention_params(py::module_& m) {
 
 void bind_combine_params(py::module_& m) {
   using P = CombineParams;
-  py::class_<P> c(m, "CombineParams");
+  py::class_<P> c(m, "CombineParams", py::module_local());
   c.def(py::init<>())
       .def_readwrite("num_states", &P::num_states)
       .def_readwrite("batch_size", &P::batch_size)
@@ -143,10 +143,10 @@ void bind_combine_params(py::module_& m) {
 }
 
 void bind_choices(py::module_& m) {
-  py::class_<Device>(m, "Device")
+  py::class_<Device>(m, "Device", py::module_local())
       .def(py::init<int, int, int64_t, int64_t, int64_t>(), py::arg("arch"), py::arg("num_sms"),
            py::arg("smem_optin"), py::arg("smem_per_sm"), py::arg("l2_bytes"));
-  py::class_<cuda::DecodePlan>(m, "DecodePlan")
+  py::class_<cuda::DecodePlan>(m, "DecodePlan", py::module_local())
       .def_readonly("kv_splits", &cuda::DecodePlan::kv_splits)
       .def_readonly("keys_per_split", &cuda::DecodePlan::keys_per_split)
       .def_property(
