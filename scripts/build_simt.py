@@ -77,7 +77,8 @@ def add_ops(graph, chosen, objects):
     """The module of the ops; `objects` are the executor's and the rows'."""
     cxx, libraries = torch_flags()
     fake = "csrc/simt/fake_cuda"
-    graph.command("opsflags", [f"-I{ROOT / fake}", *cxx])
+    # USE_CUDA: torch's headers declare the CUDA functions too.
+    graph.command("opsflags", [f"-I{ROOT / fake}", "-DUSE_CUDA", *cxx])
     rows = "".join(f"FIL_ROW({row.name})\n" for row in chosen)
     instances.write_if_changed(graph.folder / "instances" / "rows.inc", rows)
     graph.command("fakeflags", [f"-I{graph.folder}"])
