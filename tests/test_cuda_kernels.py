@@ -6,6 +6,7 @@ tests/cuda_coverage.py records what ran, and the summary shows it.
 
 import functools
 import math
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,6 +15,7 @@ from cuda_coverage import ROWS
 
 from flashinfer_lite import reference
 from flashinfer_lite.testing import (
+    LAYOUTS,
     assert_close,
     assert_lse_close,
     assert_same_bits,
@@ -24,6 +26,7 @@ from flashinfer_lite.testing import (
 
 pytestmark = pytest.mark.cpu_only("the executor runs kernels on the CPU")
 
+SLOW = pytest.mark.slow
 ATTENTION_ROWS = [row for row in ROWS if row.kernel in ("attention_fwd", "decode")]
 DECODE_ROWS = [row for row in ROWS if row.kernel == "decode"]
 every_row = pytest.mark.parametrize("row", ATTENTION_ROWS, ids=lambda row: row.name)
@@ -150,6 +153,38 @@ def test_case(device, executor, row, name):
     case = CASES[name]
     qkv, arguments = case.make(row)
     check_forward(kernel_of(executor, row, kv_splits=case.kv_splits), *qkv, **arguments)
+
+
+def random_case(rng, row):
+    heads_kv, seqlen_kv = rng.choice([1, 2]), rng.randint(1, 130)
+    shape = (rng.randint(1, 2), rng.randint(1, 40), seqlen_kv, heads_kv * rng.choice([1, 2, 5]))
+    head_dim, head_dim_v = (8 * rng.randint(1, row.head_dim // 8) for _ in range(2))
+    layout = rng.choice(LAYOUTS)
+    arguments = {
+        "causal": rng.choice([False, True, "top_left"]),
+        "window": (rng.choice([-1, -1, 0, 5, 40]), rng.choice([-1, -1, 0, 7])),
+        "softcap": rng.choice([None, None, 2.0, 30.0]),
+    }
+    ends = [rng.randint(0, seqlen_kv) for _ in range(shape[0])]
+    if rng.random() < 0.5:
+        arguments["seqlens_kv"] = lengths(*ends)
+        arguments["kv_start"] = lengths(*(rng.randint(0, end) for end in ends))
+    if rng.random() < 0.4:
+        full = (shape[0], shape[3], *shape[1:3])
+        mask_shape = [rng.choice([size, size, 1]) for size in full][rng.randint(0, 3) :]
+        arguments["mask"] = make_mask(rng.choice(["bool", "additive_inf"]), mask_shape)
+    sizes = (*shape, heads_kv, head_dim, head_dim_v)
+    return make_qkv(*sizes, dtype=dtype_of(row), layout=layout), arguments
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(30), *(pytest.param(n, marks=SLOW) for n in range(30, 150))]
+)
+def test_random_combination(device, executor, seed):
+    rng = random.Random(seed)
+    row = rng.choice(ATTENTION_ROWS)
+    qkv, arguments = random_case(rng, row)
+    check_forward(kernel_of(executor, row, kv_splits=rng.choice([1, 2, 5])), *qkv, **arguments)
 
 
 def poisoned(t, keys, value):
