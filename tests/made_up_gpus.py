@@ -120,7 +120,6 @@ class Gpus:
     Attributes:
         machine: devices, streams, errors and launches: FakeCuda of csrc/simt/fake_cuda.
         asked: names of the torch ops that the last op called.
-        raises: on what the executor finds.
     """
 
     def __init__(self):
@@ -140,24 +139,30 @@ class Gpus:
         return CudaTensor(self, torch.as_strided(memory, x.shape, x.stride()), device)
 
     def run(self, op, args, kwargs, places):
-        """An op's CUDA kernel; raises if the executor has anything to say."""
+        """An op's CUDA kernel; fails on whatever the executor finds."""
         self.machine.tensors = places
         self.machine.launches = []
         session = self.module.Session(seed=1)
-        registered = set()
-        for argument, x in zip(op._schema.arguments, args, strict=True):
-            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in registered:
-                storage = x.untyped_storage()
-                registered.add(storage.data_ptr())
-                writable = argument.alias_info is not None and argument.alias_info.is_write
-                session.register_buffer(
-                    storage.data_ptr(), storage.nbytes(), argument.name, writable, not writable
-                )
+        self.register(session, op, args)
         with session, Allocations(self.module, session) as allocations:
             result = op.redispatch(KEYS, *args, **kwargs)
         self.asked = allocations.asked
         report = session.report()
-        assert not report.errors, report.text()
+        assert not report.errors, report.errors
         if self.machine.launch_error == 0:
             assert report.totals["launches"] == len(self.machine.launches)
         return result
+
+    @staticmethod
+    def register(session, op, args):
+        """Tell the executor of the tensors' memory; only what the schema mutates is writable."""
+        known = set()
+        for argument, x in zip(op._schema.arguments, args, strict=True):
+            if not torch.is_tensor(x) or x.untyped_storage().data_ptr() in known:
+                continue
+            storage = x.untyped_storage()
+            known.add(storage.data_ptr())
+            writable = argument.alias_info is not None and argument.alias_info.is_write
+            session.register_buffer(
+                storage.data_ptr(), storage.nbytes(), argument.name, writable, not writable
+            )
