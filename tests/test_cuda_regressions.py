@@ -102,6 +102,15 @@ def test_pt_103749_rows_of_the_lowest_number_are_not_empty(device, name, mask_dt
     assert_close(out, mean, v.mean(1, keepdim=True).expand_as(out), terms=v.abs().max().item())
 
 
+@every_op
+@pytest.mark.parametrize("mask_dtype", [BRAIN, FLOAT, torch.float64], ids=str)
+def test_pt_103749_the_largest_number_in_a_mask_wins(device, name, mask_dtype):
+    q, k, v = make_qkv(1, 5, 61, 2, 1, 64, dtype=BRAIN)
+    mask = torch.zeros(61, dtype=mask_dtype)
+    mask[7] = torch.finfo(mask_dtype).max
+    assert_same_bits(op_of(name)(q, k, v, mask=mask), v[:, 7:8].expand(1, 5, 2, 64))
+
+
 @every_dtype
 def test_fi_4051_fi_5262_rocmlir_2371_empty_states(device, dtype):
     ex = simt.Executor()
