@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -88,6 +90,24 @@ void bind_address(py::class_<Params>& c, const char* name, Pointer Params::* mem
       [member](Params& p, uintptr_t address) { p.*member = reinterpret_cast<Pointer>(address); });
 }
 
+// What the callers of the ops have checked, and the host code relies on.
+void check_sizes(const CudaAttentionParams& p) {
+  const int64_t sizes[] = {p.batch_size, p.seqlen_q, p.seqlen_kv, p.head_dim, p.head_dim_v};
+  if (*std::min_element(std::begin(sizes), std::end(sizes)) < 0) {
+    throw std::invalid_argument("expected no size below 0");
+  }
+  if (p.num_heads_kv < 1 || p.num_heads_q < 0 || p.num_heads_q % p.num_heads_kv != 0) {
+    throw std::invalid_argument("num_heads_q: expected a multiple of num_heads_kv");
+  }
+}
+
+// Each kernel has parameters of its own.
+const Instance& instance_of(const std::string& kernel, const std::string& name) {
+  const Instance& row = cuda::instance_named(name);
+  if (row.kernel != kernel) throw std::invalid_argument(name + " is no row of " + kernel);
+  return row;
+}
+
 void bind_attention_params(py::module_& m) {
   using P = CudaAttentionParams;
   py::class_<P> c(m, "AttentionParams", py::module_local());
@@ -152,7 +172,7 @@ void bind_choices(py::module_& m) {
       .def_property(
           "instance", [](const cuda::DecodePlan& plan) { return plan.instance->name; },
           [](cuda::DecodePlan& plan, const std::string& name) {
-            plan.instance = &cuda::instance_named(name);
+            plan.instance = &instance_of("decode", name);
           });
   m.def("choose_attention", [](const std::string& kernel, const std::string& dtype,
                                int64_t head_dim, int64_t head_dim_v, const Device& device) {
@@ -161,6 +181,7 @@ void bind_choices(py::module_& m) {
   });
   m.def("plan_decode", [](const CudaAttentionParams& p, const std::string& dtype,
                           const Device& device, int64_t kv_splits, bool batch_invariant) {
+    check_sizes(p);
     return cuda::plan_decode(p, element_named(dtype), device, kv_splits, batch_invariant);
   });
   m.def("cuda_kv_splits", &cuda_kv_splits, py::arg("work"), py::arg("slots"), py::arg("longest"));
@@ -180,9 +201,11 @@ void bind_kernels(py::module_& m) {
     return rows;
   });
   m.def("attention_fwd", [](CudaAttentionParams& p, const std::string& name, const Device& device) {
-    return cuda::run_attention_fwd(p, cuda::instance_named(name), device, nullptr);
+    check_sizes(p);
+    return cuda::run_attention_fwd(p, instance_of("attention_fwd", name), device, nullptr);
   });
   m.def("decode", [](CudaAttentionParams& p, const cuda::DecodePlan& plan) {
+    check_sizes(p);
     return cuda::run_decode(p, plan, nullptr);
   });
   m.def("combine", [](const CombineParams& p, const std::string& dtype, const Device& device) {

@@ -34,8 +34,14 @@ void record(Kind kind, Site site, const char* format, va_list arguments) {
   block.findings.add(kind, id, site, message);
 }
 
-void report_fault(Block& block, void* address) {
+void report_fault(Block& block, const FaultPoint& point) {
   const Lane& lane = *current_lane;
+  if (point.signal_number == SIGFPE || point.signal_number == SIGILL) {
+    report(Kind::kFault, lane.site, "%s; this is the last place where the thread was seen",
+           point.signal_number == SIGFPE ? "division of an integer by zero" : "trap");
+    return;
+  }
+  void* address = point.address;
   if (block.stacks->overflows(lane.thread, address)) {
     report(Kind::kStackOverflow, lane.site, "the stack of the thread overflows its %zu bytes",
            block.stacks->usable_bytes());
@@ -140,7 +146,7 @@ void Block::run(uint32_t block_index) {
   } else {
     aborted = true;
     session.memory().lock.unlock_if_held();
-    report_fault(*this, point.address);
+    report_fault(*this, point);
   }
   current_lane = &main_lane;
   finish();

@@ -1,23 +1,28 @@
 #include "simt/fault.h"
 
+#include <algorithm>
+#include <iterator>
+
 namespace flashinfer_lite::simt {
 
 namespace {
 
 constexpr size_t kHandlerStackBytes = 64 * 1024;
 
-struct sigaction previous_segv;
-struct sigaction previous_bus;
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+struct sigaction previous[std::size(kSignals)];
 
 void handle(int signal_number, siginfo_t* info, void*) {
   FaultPoint& point = fault_point();
   if (point.armed) {
     point.armed = false;
     point.address = info->si_addr;
+    point.signal_number = signal_number;
     siglongjmp(point.context, 1);
   }
   // Not ours: the instruction faults again on return, under the handler of before.
-  sigaction(signal_number, signal_number == SIGSEGV ? &previous_segv : &previous_bus, nullptr);
+  const auto found = std::find(std::begin(kSignals), std::end(kSignals), signal_number);
+  sigaction(signal_number, &previous[found - std::begin(kSignals)], nullptr);
 }
 
 }  // namespace
@@ -31,13 +36,11 @@ FaultHandlers::FaultHandlers() {
   struct sigaction action = {};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-  sigaction(SIGSEGV, &action, &previous_segv);
-  sigaction(SIGBUS, &action, &previous_bus);
+  for (size_t i = 0; i < std::size(kSignals); i++) sigaction(kSignals[i], &action, &previous[i]);
 }
 
 FaultHandlers::~FaultHandlers() {
-  sigaction(SIGSEGV, &previous_segv, nullptr);
-  sigaction(SIGBUS, &previous_bus, nullptr);
+  for (size_t i = 0; i < std::size(kSignals); i++) sigaction(kSignals[i], &previous[i], nullptr);
 }
 
 FaultStack::FaultStack() : memory_(kHandlerStackBytes) {

@@ -1,4 +1,4 @@
-// Turns a memory fault in a fiber into a return to the code that started the fibers.
+// Turns a fault in a fiber into a return to the code that started the fibers.
 #pragma once
 
 #include <csetjmp>
@@ -7,8 +7,8 @@
 
 namespace flashinfer_lite::simt {
 
-// While it lives, SIGSEGV and SIGBUS in a fiber go to the fault point of their OS thread; any other
-// goes to the handler that was there before.
+// While it lives, faults of memory and arithmetic in a fiber go to the fault point of their OS
+// thread; any other goes to the handler that was there before.
 class FaultHandlers {
  public:
   FaultHandlers();
@@ -34,6 +34,7 @@ class FaultStack {
 struct FaultPoint {
   sigjmp_buf context;
   void* address;
+  int signal_number;
   bool armed;
 };
 FaultPoint& fault_point();
