@@ -30,7 +30,8 @@ def load(hooks=False):
     path = module_path(hooks)
     if not path.exists():
         raise RuntimeError(f"the executor is not built ({path}): run make simt")
-    spec = importlib.util.spec_from_file_location("_simt", path)
+    # Python tells two modules of one process apart by the name, and calls PyInit__simt of both.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._simt", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
