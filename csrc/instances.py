@@ -106,7 +106,7 @@ combine_sm80 = partial(rows, kernel="combine", arch=80)
 
 ROWS = [
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=64, block_m=128, block_n=64, num_warps=4),
-    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=128, block_m=128, block_n=64, num_warps=4),
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=128, block_m=128, block_n=32, num_warps=4),
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=4),
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=128, block_n=64, num_warps=8),
     *attention_fwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4),

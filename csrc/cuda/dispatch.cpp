@@ -102,6 +102,12 @@ const Instance& choose_attention(const std::string& kernel, ElementType element,
 
 void set_derived(CudaAttentionParams& p, ElementType element) {
   const int64_t size = size_of(element);
+  constexpr double kLog2E = 1.44269504088896340736;
+  p.scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
+  if (p.softcap != 0) {
+    p.to_cap = static_cast<float>(p.softmax_scale / p.softcap);
+    p.from_cap = static_cast<float>(p.softcap * kLog2E);
+  }
   p.group = static_cast<int32_t>(p.group_size());
   p.rows = static_cast<int32_t>(p.rows_per_kv_head());
   // float32 too: there a row of one key must give exactly its value, which a scale inside the

@@ -23,7 +23,7 @@ struct Device {
 const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
                                  int64_t head_dim_v, const Device& device);
 
-// Fills what follows from the rest: alignment, group, rows, scale_first.
+// Fills what follows from the rest: alignment, group, rows, scales.
 void set_derived(CudaAttentionParams& p, ElementType element);
 
 // The row of that name; throws if there is none.

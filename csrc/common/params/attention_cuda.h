@@ -27,6 +27,9 @@ struct CudaAttentionParams : AttentionFwdParams {
   int32_t group = 1;         // group_size()
   int32_t rows = 0;          // rows_per_kv_head()
   bool scale_first = false;  // scores are brought to log2 one by one; else by the exponential
+  float scale_log2 = 1.f;    // q k^T times this is the score in units of log2, or, with a softcap,
+  float to_cap = 0.f;        // from_cap * tanh(to_cap * q k^T) is
+  float from_cap = 0.f;
 
   int64_t num_m_blocks = 0;       // blocks of rows per (batch, KV head)
   int64_t heads_per_section = 1;  // forward: (batch, KV head) pairs that share the L2 at a time

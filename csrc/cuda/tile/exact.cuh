@@ -44,39 +44,33 @@ __device__ __forceinline__ float contribution(float p, float value) {
   return is_finite(value) || hidden ? 0.f : p * value;
 }
 
-// o += the products of one key whose value is not finite; its probabilities are in lane `holder` of
-// each quad, in the first tile of p.
-template <class VTile, int kM, int kKeyTiles, int kTiles>
-__device__ __forceinline__ void add_key(const float (&p)[kM][kKeyTiles][4], int e, int holder,
-                                        const VTile& v, int key, float (&o)[kM][kTiles][4],
-                                        int lane) {
-  const int t = lane % 4;
-  bool finite = true;
+// o += the products of one key with values that are not finite; weight is its probability in the
+// two rows.
+template <class VTile, int kTiles>
+__device__ __forceinline__ void add_key(const float (&weight)[2], const VTile& v, int key,
+                                        float (&o)[kTiles][4], int lane) {
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
-    const Float2 x = load_pair(v, key, n * 8 + t * 2);
-    finite = finite && is_finite(x.x) && is_finite(x.y);
-  }
-  if (arch::all(finite)) return;
-  float weight[kM][2];
+    const Float2 x = load_pair(v, key, n * 8 + lane % 4 * 2);
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      weight[m][half] = arch::shfl(p[m][0][2 * half + e], lane - t + holder);
-#pragma unroll 1
-  for (int n = 0; n < kTiles; ++n) {
-    const Float2 x = load_pair(v, key, n * 8 + t * 2);
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        o[m][0][2 * half] += contribution(weight[m][half], x.x);
-        o[m][0][2 * half + 1] += contribution(weight[m][half], x.y);
-      }
+    for (int half = 0; half < 2; ++half) {
+      o[0][2 * half] += contribution(weight[half], x.x);
+      o[0][2 * half + 1] += contribution(weight[half], x.y);
     }
     rotate(o);
   }
+}
+
+// Whether the warp's part of a row of V is finite all over.
+template <class VTile>
+__device__ __forceinline__ bool is_key_finite(const VTile& v, int key, int lane) {
+  bool finite = true;
+#pragma unroll 1
+  for (int col = lane * 2; col < VTile::cols; col += 64) {
+    const Float2 x = load_pair(v, key, col);
+    finite = finite && is_finite(x.x) && is_finite(x.y);
+  }
+  return arch::all(finite);
 }
 
 // o += the products of visible pairs whose value is not finite. p marks hidden keys with -0; it
@@ -85,15 +79,23 @@ template <class VTile, int kM, int kKeyTiles, int kTiles>
 __device__ __forceinline__ void add_visible_non_finite(float (&p)[kM][kKeyTiles][4], const VTile& v,
                                                        float (&o)[kM][kTiles][4], int lane) {
 #pragma unroll 1
-  for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
-#pragma unroll 1
-    for (int holder = 0; holder < 4; ++holder) {
+  for (int key = 0; key < kKeyTiles * 8; ++key) {
+    const bool finite = is_key_finite(v, key, lane);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        add_key(p, e, holder, v, key_tile * 8 + 2 * holder + e, o, lane);
+    for (int m = 0; m < kM; ++m) {
+      if (!finite) {
+        float weight[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float even = p[m][0][2 * half];
+          const float odd = p[m][0][2 * half + 1];
+          // A quad holds eight keys of the row, two a lane.
+          weight[half] = arch::shfl(key % 2 == 0 ? even : odd, lane / 4 * 4 + key % 8 / 2);
+        }
+        add_key(weight, v, key, o[m], lane);
       }
+      if (key % 8 == 7) rotate(p[m]);
     }
-    rotate(p);
   }
 }
 

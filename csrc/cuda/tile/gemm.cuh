@@ -33,17 +33,14 @@ __device__ __forceinline__ void clear(float (&acc)[kM][kTiles][4]) {
 
 // Tile n becomes tile n - 1, the first the last. Registers cannot be indexed by a variable, so a
 // loop that must stay a loop works on the first tile and rotates; kTiles turns are none.
-template <int kM, int kTiles>
-__device__ __forceinline__ void rotate(float (&acc)[kM][kTiles][4]) {
+template <int kTiles>
+__device__ __forceinline__ void rotate(float (&acc)[kTiles][4]) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int e = 0; e < 4; ++e) {
+    const float first = acc[0][e];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float first = acc[m][0][e];
-#pragma unroll
-      for (int n = 0; n + 1 < kTiles; ++n) acc[m][n][e] = acc[m][n + 1][e];
-      acc[m][kTiles - 1][e] = first;
-    }
+    for (int n = 0; n + 1 < kTiles; ++n) acc[n][e] = acc[n + 1][e];
+    acc[kTiles - 1][e] = first;
   }
 }
 
@@ -189,7 +186,8 @@ __device__ __forceinline__ void pv_float(float (&p)[kM][kKeyTiles][4], const VTi
         }
       }
     }
-    rotate(p);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) rotate(p[m]);
   }
 }
 

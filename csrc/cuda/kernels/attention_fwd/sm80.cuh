@@ -67,7 +67,7 @@ struct Block {
         static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + work.head_kv * p.k.head;
     v_head =
         static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + work.head_kv * p.v.head;
-    scale = p.scale_first ? 1.f : static_cast<float>(p.softmax_scale * tile::kLog2E);
+    scale = p.scale_first ? 1.f : p.scale_log2;
   }
 
   __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
@@ -168,7 +168,7 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_l
   if constexpr (kMasked) {
     const tile::ScoreOrigin at{b.batch_idx, b.first_row + b.warp_row(), b.first_key(n_block)};
     if (b.p.scale_first) tile::scale_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
-    tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.slots.end, b.lane);
+    tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
   }
   tile::softmax_step<kMasked>(acc_s, b.scale, state, acc_o);
   if (kMasked && exact) {

@@ -27,21 +27,18 @@ struct CombineRow {
   int64_t batch_idx, query, head;
 };
 
-// The largest lse of the row's states; NaN if one is NaN.
+// The largest lse of the row's states. A NaN is passed over here and met again in its weight.
 __device__ __forceinline__ float largest_lse(const Params& p, const float* lse, int lane) {
   float largest = tile::kMinusInf;
-  bool nan = false;
 #pragma unroll 1
   for (int64_t s = lane; s < p.num_states; s += 32) {
-    const float x = arch::ldg(lse + s * p.lse_partial_state);
-    largest = fmaxf(largest, x);
-    nan = nan || x != x;
+    largest = fmaxf(largest, arch::ldg(lse + s * p.lse_partial_state));
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, arch::shfl_xor(largest, distance));
   }
-  return arch::any(nan) ? NAN : largest;
+  return largest;
 }
 
 template <class Cfg>

@@ -86,7 +86,7 @@ struct Block {
     slots = tile::read_key_slots(p, batch_idx);
     k_head = static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + head_kv * p.k.head;
     v_head = static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + head_kv * p.v.head;
-    scale = p.scale_first ? 1.f : static_cast<float>(p.softmax_scale * tile::kLog2E);
+    scale = p.scale_first ? 1.f : p.scale_log2;
   }
 
   __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
@@ -188,8 +188,8 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, const SplitKeys& keys,
   const int key = keys.first + n * Cfg::block_n;
   const tile::ScoreOrigin at{b.batch_idx, b.first_row, key};
   if (b.p.scale_first) tile::scale_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
-  if (key < keys.every_begin || key + Cfg::block_n > std::min(keys.every_end, keys.end)) {
-    tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, keys.end, b.lane);
+  if (key < keys.every_begin || key + Cfg::block_n > keys.every_end) {
+    tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
   }
   tile::softmax_step<true>(acc_s, b.scale, state, acc_o);
   if (exact) {
