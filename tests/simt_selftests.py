@@ -38,7 +38,10 @@ DEFECTS = {
         "from a lane that does not exist": "collective",
         "under divergence": "deadlock",
     },
-    "read_then_write": {"the first writes, no barrier": "race-global"},
+    "read_then_write": {
+        "the first writes, no barrier": "race-global",
+        "the last writes, no barrier": "race-global",
+    },
     "elected_arrive": {
         "no sync_warp": "race-shared",
         "count too high": "deadlock",
@@ -187,8 +190,6 @@ REPAIRS = {
 # What the checkers are known to get wrong: kinds that they report, and would not if they were
 # perfect; or the other way round.
 LIMITS = {
-    # Of the readers of a global word only the latest of a block is kept.
-    ("read_then_write", "the last writes, no barrier"): "",
     # A block that has taken what another published does not pass it on through another counter.
     ("relay", ""): "race-global",
     # Atomics order blocks, not the threads of one block.

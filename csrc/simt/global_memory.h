@@ -34,7 +34,9 @@ struct GlobalWord {
   uint8_t written;  // bytes of that write, as a mask
   uint8_t valid;    // bytes ever written; outlives a launch
   bool atomic;
-  GlobalReader readers[2];  // the latest, and the latest of another block
+  // Two of the running block that are unordered between them, so that whoever writes finds another;
+  // one of the block before.
+  GlobalReader readers[3];
 };
 
 struct Buffer {

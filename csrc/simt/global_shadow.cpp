@@ -68,8 +68,17 @@ void check_readers(const Buffer& buffer, const GlobalWord& word, uint8_t mask, s
 void add_reader(GlobalWord& word, uint8_t mask) {
   const Block& block = *current_block;
   const Lane& lane = *current_lane;
-  if (word.readers[0].block != block.serial) word.readers[1] = word.readers[0];
-  word.readers[0] = {block.serial, lane.time, lane.thread, mask};
+  GlobalReader* readers = word.readers;
+  if (readers[0].block != block.serial) {
+    readers[2] = readers[0];
+    readers[0] = readers[1] = {};
+  }
+  for (GlobalReader* reader : {readers, readers + 1}) {
+    const bool replaces = reader->block == 0 || knows(lane, reader->thread, reader->time);
+    if (!replaces) continue;
+    *reader = {block.serial, lane.time, lane.thread, mask};
+    return;
+  }
 }
 
 void set_writer(GlobalWord& word, uint8_t mask, GlobalAccess access, Site site) {
@@ -81,8 +90,7 @@ void set_writer(GlobalWord& word, uint8_t mask, GlobalAccess access, Site site) 
   word.written = mask;
   word.valid |= mask;
   word.atomic = access == GlobalAccess::kAtomic;
-  word.readers[0] = {};
-  word.readers[1] = {};
+  for (GlobalReader& reader : word.readers) reader = {};
 }
 
 void access_word(const Buffer& buffer, GlobalWord& word, uint8_t mask, size_t offset,
