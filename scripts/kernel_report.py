@@ -1,7 +1,7 @@
 """What the compiler made of each row of csrc/instances.py, read from the last CUDA build.
 
     python scripts/kernel_report.py ptxas    registers, shared memory and spills per architecture;
-                                             fails on a spill that the row does not explain
+                                             fails on a spill that the row does not allow
     python scripts/kernel_report.py sass     counts of machine instructions; fails where one that
                                              the kernel is written for is missing
     python scripts/kernel_report.py static   both, with occupancy, as docs/kernels/static.md
@@ -70,9 +70,11 @@ def spill_problem(row, usage):
     spills = {arch: used["spill stores"] + used["spill loads"] for arch, used in usage.items()}
     if not usage:
         return f"{row.name}: ptxas printed no kernel"
-    if any(spills.values()) and row.allow_spill is None:
-        text = ", ".join(f"{count} bytes on {arch}" for arch, count in spills.items() if count)
-        return f"{row.name}: spills {text}; a smaller tile, or allow_spill=<why> in its row"
+    allowed = row.allow_spill.bytes if row.allow_spill else 0
+    if over := {arch: count for arch, count in spills.items() if count > allowed}:
+        text = ", ".join(f"{count} bytes on {arch}" for arch, count in over.items())
+        cure = "a smaller tile, or allow_spill=Spill(<bytes>, <why>) in its row"
+        return f"{row.name}: spills {text}, may spill {allowed}; {cure}"
     if row.allow_spill is not None and not any(spills.values()):
         return f"{row.name}: has allow_spill but spills nothing; remove it from the row"
     return None
@@ -86,7 +88,7 @@ def report_ptxas():
         usage = parse_ptxas(unit.with_name(f"{unit.name}.ptxas").read_text())
         for arch, used in usage.items():
             numbers = (f"{used[column]:>13}" for column in PTXAS_COLUMNS)
-            why = f"  {row.allow_spill}" if row.allow_spill else ""
+            why = f"  {row.allow_spill.why}" if row.allow_spill else ""
             print(f"{row.name:<42}{arch:<7}{smem_bytes:>8}", *numbers, why)
         problems.append(spill_problem(row, usage))
     return [problem for problem in problems if problem]
