@@ -178,9 +178,10 @@ def native(name, x, otherwise=""):
     if x.device.type != "cuda":
         return
     if _ops.cuda_status != "loaded":
+        way_out = f"; {_ops.cuda_way_out}" if _ops.cuda_way_out else ""
         raise RuntimeError(
-            f"{name}: expected a CPU tensor, got one on {x.device}: CUDA half: "
-            f"{_ops.cuda_status}{otherwise}"
+            f"{name}: expected the CUDA half for a tensor on {x.device}, got: "
+            f"{_ops.cuda_status}{way_out}{otherwise}"
         )
     if x.dtype not in CUDA_DTYPES:
         raise TypeError(
@@ -193,6 +194,6 @@ def no_cuda_backward(*tensors):
     if tensors[0].device.type == "cuda" and torch.is_grad_enabled():
         if any(x is not None and x.requires_grad for x in tensors):
             raise NotImplementedError(
-                "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, "
-                "or train on the CPU"
+                "attention_bwd: no CUDA kernel yet; for inference use torch.no_grad(), to train "
+                "impl='reference', or the CPU"
             )

@@ -32,7 +32,7 @@ class Explanation:
 
     Attributes:
         kernel: on the CPU the op and the level, e.g. "decode cpu avx2"; on CUDA the compiled
-            instance, e.g. "decode_sm80_bfloat16_d128_s4".
+            instance, e.g. "decode_sm80_bfloat16_d128_s2".
         tile: (block_m, block_n): rows (queries times the heads of a group) and keys per step.
         kv_splits: into how many parts the keys are split.
         rejected: {kernel: reason} of the others.
@@ -148,6 +148,8 @@ def doctor() -> bool:
     print(f"python          {platform.python_version()} on {platform.platform()}")
     print(f"torch           {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CUDA half       {_ops.cuda_status}")
+    if _ops.cuda_way_out:
+        print(f"                for CUDA tensors: {_ops.cuda_way_out}")
     if not _ops.built:
         print(f"CPU half        {_ops.NOT_BUILT}")
         return False
@@ -161,7 +163,11 @@ def doctor() -> bool:
         f"present: {', '.join(_ops.cpu_isas())}"
     )
     sound = _self_test("cpu")
-    for index in range(torch.cuda.device_count() if _ops.cuda_status == "loaded" else 0):
+    gpus = torch.cuda.device_count()
+    if gpus and _ops.cuda_status != "loaded":
+        print("cuda:0          a GPU, and no CUDA half that could use it: NOT SOUND")
+        return False
+    for index in range(gpus):
         print(f"cuda:{index:<10} {torch.cuda.get_device_name(index)}")
         sound &= _self_test(f"cuda:{index}")
     return sound

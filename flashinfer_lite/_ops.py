@@ -58,6 +58,13 @@ built = _cpu_error is None
 # Registration is wanted for export and fake tensors too, so torch's build decides, not a device.
 _cuda_error = "torch without CUDA" if torch.version.cuda is None else _load("_C_cuda")
 cuda_status = _cuda_error or _namespace.cuda_version_error.default() or "loaded"
+# How to get a CUDA half; a driver that is too old says it in its status.
+cuda_way_out = ""
+if _cuda_error is not None:
+    cuda_way_out = (
+        f"{'install a torch with CUDA, then ' if torch.version.cuda is None else ''}"
+        'run "make build CUDA=1" (without nvcc: CUDA=pip) or reinstall the package where nvcc is'
+    )
 
 if not built:
 

@@ -44,7 +44,7 @@ def decode(
             contiguous; slots outside [kv_start, seqlens_kv) may hold anything, NaN included.
         v_cache: [batch, capacity, num_heads_kv, head_dim_v].
         seqlens_kv, kv_start: int32 or int64 [batch]: the slots in use are
-            kv_start <= j < seqlens_kv. Default: the whole cache.
+            kv_start <= j < seqlens_kv. Default: the whole cache. CUDA clamps values out of range.
         kv_splits: 0 chooses; 1 or more forces that many.
         out: written in place and returned; [batch, seqlen_q, num_heads_q, head_dim_v] of q's dtype.
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
@@ -57,8 +57,11 @@ def decode(
         out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
 
     Raises:
-        RuntimeError: if an input requires grad while grad mode is on; for lengths out of range.
+        RuntimeError: if an input requires grad while grad mode is on; for lengths out of range, on
+            CUDA only if the environment variable FLASHINFER_LITE_CHECK is 1; and as in `attention`.
         TypeError, ValueError, NotImplementedError: as in `attention`.
+
+    On CUDA the limits are those of `attention`.
 
     Example:
         >>> q = torch.randn(2, 1, 8, 64); cache = torch.randn(2, 512, 2, 64)
@@ -180,7 +183,7 @@ def merge_states(outs, lses):
         raise ValueError(
             f"outs: expected the last dimension contiguous (stride 1), got stride {outs.stride(-1)}"
         )
-    _check.native("outs", outs)
+    _check.native("outs", outs, "; flashinfer_lite.reference.merge_states runs there")
     return _ops.merge_states(outs, lses)
 
 

@@ -126,6 +126,21 @@ def test_doctor(device):
     assert re.search(r"self-test +passed", done.stdout)
 
 
+@pytest.mark.skipif(flashinfer_lite.cuda_status == "loaded", reason="the CUDA half is here")
+@pytest.mark.cpu_only("makes up a GPU")
+def test_doctor_with_a_gpu_and_no_cuda_half(device):
+    code = (
+        "import runpy, sys, torch\n"
+        "torch.version.cuda, torch.cuda.device_count = '13.0', lambda: 1\n"
+        "sys.argv = ['flashinfer_lite', 'doctor']\n"
+        "runpy.run_module('flashinfer_lite', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"for CUDA tensors: run .make build CUDA=1", done.stdout)
+    assert "NOT SOUND" in done.stdout
+
+
 def test_doctor_and_environment_variable(device):
     assert "level baseline" in doctor(FLASHINFER_LITE_ISA="baseline").stdout
     done = doctor(FLASHINFER_LITE_ISA="amx9000")
