@@ -71,6 +71,10 @@ def attention(
         NotImplementedError: for arguments that have not landed, and for CUDA tensors that require
             grad: the backward has no CUDA kernel yet.
 
+    Limits on CUDA: compute capability 8.0 or higher, no float64, no gradients, and less than 2^30
+    keys and less than 2^30 rows (queries times the heads of a group) per KV head. A device or a
+    size beyond them is a RuntimeError.
+
     Gradients are rebuilt from lse: a row whose every key carries a huge finite bias (-1e5 and
     beyond, finfo.min) has an lse without room for its sum, and gradients that are off. Hide keys
     with -inf or with a bool mask.
