@@ -5,10 +5,13 @@ are in cuda_ops_child.py, and run in a child process: one for each worker of pyt
 """
 
 import json
+import select
 
 import pytest
 from cuda_ops_child import CASES
 from made_up_gpus import start
+
+TIMEOUT_S = 300  # of a case that takes seconds: a kernel that hangs does not hang the tests
 
 pytestmark = pytest.mark.cpu_only("the executor runs kernels on the CPU")
 
@@ -25,6 +28,9 @@ def child(tmp_path_factory):
 def test_on_made_up_gpus(device, child, case):
     assert child.poll() is None, f"the child has ended with {child.returncode}"
     print(case, file=child.stdin, flush=True)
+    if not select.select([child.stdout], [], [], TIMEOUT_S)[0]:
+        child.kill()
+        pytest.fail(f"no answer in {TIMEOUT_S} s")
     answer = child.stdout.readline()
     assert answer, f"the child died with {child.wait()}"
     failure = json.loads(answer)

@@ -1,9 +1,11 @@
-"""What tests and benchmarks share: input factories, the tolerance rules, poison, and ISA levels.
+"""What tests and benchmarks share: inputs, checks, tolerance, poison, ISA levels, the executor.
 
 tolerance   how close is close: the only place with numbers
 inputs      q, k, v in every layout and every hostile range
+check       a call, and its gradients, against the oracle
 poison      guard bands, and outputs that start as NaN
 isa         force one ISA level of the CPU kernels
+simt        the CUDA kernels on the executor (`make simt`)
 """
 
 from flashinfer_lite.testing.check import check_backward, check_forward
