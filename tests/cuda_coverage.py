@@ -18,10 +18,7 @@ from _pytest.reports import TestReport
 from flashinfer_lite.testing import simt
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
-try:
-    from instances import ROWS
-except ImportError:  # a package without the repository
-    ROWS = []
+from instances import ROWS
 
 PROPERTY = "cuda_cell"
 MATRIX = "test_cuda_kernels.py"

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import build_cuda
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-build_cuda = pytest.importorskip("build_cuda", reason="needs the repository, not a package")
 INSTALL_HINT = "install torch>=2.11 first, then: pip install --no-build-isolation ."
 
 

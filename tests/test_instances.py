@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "csrc"), str(ROOT / "scripts")]
+sys.path += [str(Path(__file__).parent.parent / name) for name in ("csrc", "scripts")]
 import instances
 import kernel_report as report
 
+ROOT = Path(__file__).parent.parent
 ROWS = instances.ROWS
 # Rows of no table, so that the table may change.
 COMBINE = instances.Row(kernel="combine", arch=80, dtype="bfloat16", partial="float32")

@@ -2,9 +2,8 @@
 it tells of what slips through. `make mutants` runs it whole.
 """
 
+import mutants
 import pytest
-
-mutants = pytest.importorskip("mutants", reason="needs the repository, not a package")
 
 mutant_sources, suite, KERNELS = mutants.mutant_sources, mutants.suite, mutants.KERNELS
 Mutant, read_list = mutant_sources.Mutant, mutant_sources.read_list
