@@ -56,11 +56,10 @@ def test_golden(name, device, request):
     assert not mismatches, mismatches
 
 
+@pytest.mark.cuda_only("the CUDA runtime keeps an error, the executor does not")
 @pytest.mark.parametrize(("threads", "smem_bytes"), [(2048, 0), (32, 1 << 20)])
-def test_a_refused_launch_tells_its_caller_alone(threads, smem_bytes, device, request):
-    if device.type == "cpu":
-        pytest.skip("a CUDA runtime's error, needs --device cuda")
-    status, kept = request.getfixturevalue("gpu").refused(threads, smem_bytes)
+def test_a_refused_launch_tells_its_caller_alone(threads, smem_bytes, device, gpu):
+    status, kept = gpu.refused(threads, smem_bytes)
     assert status != 0
     assert kept == 0
 
