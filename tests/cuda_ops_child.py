@@ -279,7 +279,7 @@ def a_device_that_is_too_old():
     q, k, v = put(*make_qkv(*SHAPE), device="cuda:2")
     message = (
         r"expected compute capability 8\.0 or higher, got 7\.5 \(Tesla T4\): "
-        "impl='reference' runs there"
+        "flashinfer_lite.reference runs there"
     )
     for op in (fi.attention, fi.decode, functools.partial(fi.explain, "decode")):
         expect(message, lambda op=op: op(q, k, v))
@@ -321,6 +321,13 @@ def a_launch_that_fails():
         expect("decode" + text.format(4 * 7), lambda: fi.decode(q, k, v, kv_splits=7))
         message = r"combine: launch failed: out of memory \(3 states of 2 \* 5 \* 4 rows of 24\)"
         expect(message, lambda: fi.merge_states(*states))
+        gpus().machine.launch_error = 209
+        way_out = (
+            r".*: no kernel image .*; rebuild with TORCH_CUDA_ARCH_LIST=8\.0, the capability .*"
+        )
+        for op in (fi.attention, fi.decode):
+            expect(way_out, lambda op=op: op(q, k, v))
+        expect(way_out, lambda: fi.merge_states(*states))
     finally:
         gpus().machine.launch_error = 0
 

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
       cuda::choose_attention("attention_fwd", cuda_element_type(q.scalar_type()), p.head_dim,
                              p.head_dim_v, context.device);
   const Status status = cuda::run_attention_fwd(p, instance, context.device, context.stream);
-  check_launch(status, instance, p.batch_size * p.num_heads_kv * p.num_m_blocks);
+  check_launch(status, context, instance, p.batch_size * p.num_heads_kv * p.num_m_blocks);
   return {outputs.out, outputs.lse};
 }
 

@@ -29,11 +29,11 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
     p.lse_partial = lse_partial->data_ptr();
   }
   const Status status = cuda::run_decode(p, plan, context.stream);
-  check_launch(status, *plan.instance,
+  check_launch(status, context, *plan.instance,
                p.batch_size * p.num_heads_kv * p.num_m_blocks * p.kv_splits);
   if (plan.kv_splits > 1) {
     const CombineParams c = cuda::combine_of(p);
-    check_combine(cuda::run_combine(c, element, context.device, context.stream), c);
+    check_combine(cuda::run_combine(c, element, context.device, context.stream), context, c);
   }
 }
 
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) 
 
   const CudaContext context(outs);
   const cuda::ElementType element = cuda_element_type(outs.scalar_type());
-  check_combine(cuda::run_combine(c, element, context.device, context.stream), c);
+  check_combine(cuda::run_combine(c, element, context.device, context.stream), context, c);
   return {outputs.out, outputs.lse};
 }
 

@@ -18,6 +18,14 @@ const char* error_text(Status status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
+// What a launch that failed for want of machine code is to be told; else empty.
+std::string launch_way_out(Status status, const CudaContext& context) {
+  if (status != cudaErrorNoKernelImageForDevice) return "";
+  const int arch = context.device.arch;
+  return "; rebuild with TORCH_CUDA_ARCH_LIST=" + std::to_string(arch / 10) + "." +
+         std::to_string(arch % 10) + ", the capability of this device";
+}
+
 int attribute(cudaDeviceAttr which, int index) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
@@ -36,7 +44,7 @@ cuda::Device read_device(int index) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
   check(major >= 8, "expected compute capability 8.0 or higher, got ", major, ".", minor, " (",
-        device_name(index), "): impl='reference' runs there");
+        device_name(index), "): flashinfer_lite.reference runs there");
   device.arch = 10 * major + minor;
   device.num_sms = attribute(cudaDevAttrMultiProcessorCount, index);
   device.smem_optin = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -168,16 +176,17 @@ bool finish_without_keys(Outputs& outputs, int64_t num_keys) {
   return true;
 }
 
-void check_launch(Status status, const cuda::Instance& instance, int64_t blocks) {
+void check_launch(Status status, const CudaContext& context, const cuda::Instance& instance,
+                  int64_t blocks) {
   check(status == cudaSuccess, instance.name, ": launch failed: ", error_text(status), " (", blocks,
         " blocks of ", 32 * instance.num_warps, " threads with ", instance.smem_bytes,
-        " bytes of shared memory)");
+        " bytes of shared memory)", launch_way_out(status, context));
 }
 
-void check_combine(Status status, const CombineParams& p) {
+void check_combine(Status status, const CudaContext& context, const CombineParams& p) {
   check(status == cudaSuccess, "combine: launch failed: ", error_text(status), " (", p.num_states,
         " states of ", p.batch_size, " * ", p.seqlen_q, " * ", p.num_heads_q, " rows of ",
-        p.head_dim_v, ")");
+        p.head_dim_v, ")", launch_way_out(status, context));
 }
 
 void count_cuda_call() { calls.fetch_add(1, std::memory_order_relaxed); }

@@ -29,8 +29,9 @@ void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args);
 bool finish_without_keys(Outputs& outputs, int64_t num_keys);
 
 // Throw if a launch failed, saying what was launched.
-void check_launch(Status status, const cuda::Instance& instance, int64_t blocks);
-void check_combine(Status status, const CombineParams& p);
+void check_launch(Status status, const CudaContext& context, const cuda::Instance& instance,
+                  int64_t blocks);
+void check_combine(Status status, const CudaContext& context, const CombineParams& p);
 
 // Counts one call for cuda_stats().
 void count_cuda_call();

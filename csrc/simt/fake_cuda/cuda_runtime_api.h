@@ -4,7 +4,12 @@
 
 #include <cstdint>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorNoKernelImageForDevice = 209,
+};
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
