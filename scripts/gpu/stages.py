@@ -254,7 +254,7 @@ def bench(run: Run, seconds: float) -> dict:
     return outcome(status == 0 and len(rows) > 0, summary, header=header, rows=rows)
 
 
-# name -> (stage, seconds): together the nine minutes that one call on a lent machine may take.
+# name -> (stage, seconds): together the nine minutes that one call may take.
 STAGES = {
     "doctor": (doctor, 40),
     "tests": (tests, 190),
