@@ -1,4 +1,4 @@
-"""Run the golden cases on a GPU, with nvcc, ctypes and numpy alone.
+"""Run the golden cases on a GPU, with nvcc, ctypes and numpy alone: neither torch nor our library.
 
     python tests/golden_gpu.py --build    compile build/golden/golden.so; needs no GPU
     python tests/golden_gpu.py            run the table on the GPU, compiling first if need be
@@ -10,19 +10,24 @@ build/golden.
 import argparse
 import ctypes
 import hashlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import build_cuda
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "golden"
 LIBRARY = FOLDER / "golden.so"
 STAMP = FOLDER / "fingerprint"
-# What the CUDA half is compiled with, for the two architectures that it is written for.
-NVCC_FLAGS = ["-std=c++20", "-O2", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-ARCHS = [
+# As the CUDA half is compiled, but for functions that ctypes can see; for sm_80 and sm_90 always.
+FLAGS = [
+    *shlex.split(build_cuda.NVCCFLAGS),
+    "-Xcompiler=-fvisibility=default",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
@@ -123,7 +128,7 @@ extern "C" const char* golden_error(int error) {
 
 def fingerprint():
     """Of what the library is compiled from; times say nothing on a machine it was carried to."""
-    digest = hashlib.sha256(" ".join([SOURCE, *ARCHS]).encode())
+    digest = hashlib.sha256(" ".join([SOURCE, *FLAGS]).encode())
     for folder in ("common", "cuda/arch", "cuda/kernels/golden"):
         for path in sorted((ROOT / "csrc" / folder).glob("*.*h")):
             digest.update(path.read_bytes())
@@ -134,12 +139,15 @@ def stale():
     return not LIBRARY.exists() or not STAMP.exists() or STAMP.read_text() != fingerprint()
 
 
-def build():
+def build(toolkit):
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = FOLDER / "golden.cu"
     source.write_text(SOURCE)
-    flags = [*NVCC_FLAGS, *ARCHS, "-shared", "-Xcompiler=-fPIC"]
-    subprocess.run(["nvcc", *flags, "-o", str(LIBRARY), str(source)], check=True)
+    folders = [f"-I{ROOT / 'csrc'}", f"-L{toolkit.library}"]
+    command = [toolkit.nvcc, *FLAGS, *folders, "-shared", "-o", LIBRARY, source]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:  # ptxas talks of every kernel, so only a failure is shown
+        raise RuntimeError(f"golden.cu does not compile:\n{done.stdout}")
     STAMP.write_text(fingerprint())
 
 
@@ -178,7 +186,8 @@ def main():
     parser.add_argument("--build", action="store_true", help="compile only")
     arguments = parser.parse_args()
     if stale():
-        build()
+        toolkit, problem = build_cuda.find_toolkit()
+        build(toolkit or sys.exit(f"golden_gpu: {problem}"))
     if arguments.build:
         return
     from golden_table import CASES

@@ -1,7 +1,6 @@
 """The functions of cuda/arch against the table, on the executor or (--device cuda) on a GPU."""
 
 import re
-import shutil
 
 import golden_gpu
 import numpy as np
@@ -25,9 +24,10 @@ def executor():
 @pytest.fixture(scope="module")
 def gpu():
     if golden_gpu.stale():
-        if shutil.which("nvcc") is None:
-            pytest.skip("build/golden/golden.so is missing or older than its sources, and no nvcc")
-        golden_gpu.build()
+        toolkit, problem = golden_gpu.build_cuda.find_toolkit()
+        if toolkit is None:
+            pytest.skip(f"build/golden/golden.so is missing or older than its sources: {problem}")
+        golden_gpu.build(toolkit)
     library = golden_gpu.Gpu()
     assert library.arch, "no CUDA device"
     return library

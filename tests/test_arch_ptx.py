@@ -1,11 +1,15 @@
 """Each function of cuda/arch becomes the PTX instruction that it stands for, and no other."""
 
 import re
-import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from arch_declarations import ARCH, declared
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import build_cuda
 
 CSRC = ARCH.parent.parent
 MMA = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{0}\.{0}\.f32 "
@@ -149,8 +153,9 @@ extern "C" __global__ void kernel_{index}(uint32_t u, float x, float y, uint16_t
 @pytest.fixture(scope="module", params=[80, 90])
 def ptx(request, tmp_path_factory):
     """(architecture, {statement: the PTX of its kernel})."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
+    toolkit, problem = build_cuda.find_toolkit()
+    if toolkit is None:
+        pytest.skip(problem)
     source = tmp_path_factory.mktemp("ptx") / "statements.cu"
     names = re.compile(rf"\b({'|'.join(declared('ptx'))})(?=[<(])")
     kernels = [
@@ -161,7 +166,7 @@ def ptx(request, tmp_path_factory):
     target = "compute_90a" if request.param == 90 else "compute_80"
     flags = ["-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", f"-arch={target}", "-ptx"]
     flags += ["-diag-suppress=177,550"]  # variables that a kernel does not need
-    subprocess.run(["nvcc", *flags, "-o", source.with_suffix(".ptx"), source], check=True)
+    subprocess.run([toolkit.nvcc, *flags, "-o", source.with_suffix(".ptx"), source], check=True)
     text = source.with_suffix(".ptx").read_text()
     assert re.search(r"\.extern \.shared \.align 1024 \.b8 \w*dynamic_smem_begin", text)
     bodies = re.split(r"\.entry kernel_(\d+)", text)[1:]

@@ -3,7 +3,7 @@
 Its kernels lie in namespace flashinfer_lite, so the filter that picks our kernels is proven too.
 """
 
-import shutil
+import build_cuda
 
 SOURCE = r"""
 #include <cstring>
@@ -33,9 +33,10 @@ BUILD_S = 60
 
 def build(run):
     """Compile the program; None where there is no nvcc, or it fails."""
-    if shutil.which("nvcc") is None:
+    toolkit, _ = build_cuda.find_toolkit()
+    if toolkit is None:
         return None
     source, program = run.work / "planted.cu", run.work / "planted"
     source.write_text(SOURCE)
-    command = ["nvcc", "-arch=sm_80", "-O1", "-o", program, source]
+    command = [toolkit.nvcc, "-arch=sm_80", "-O1", f"-L{toolkit.library}", "-o", program, source]
     return program if run.command("planted_build", command, BUILD_S) == 0 else None
