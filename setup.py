@@ -33,7 +33,7 @@ from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
 import build_cuda
-from build_graph import Graph
+from build_graph import Graph, place
 from build_machine import ROOT, build_folder, fail, max_jobs, sources
 
 MIN_TORCH = (2, 11)
@@ -80,7 +80,7 @@ class NinjaBuild(BuildExtension):
         super().finalize_options()
 
     def build_extensions(self):
-        started = time.monotonic()
+        started, as_of = time.monotonic(), time.time()
         if self.no_cuda:
             print(self.no_cuda, flush=True)
         jobs = max_jobs(BYTES_PER_JOB)
@@ -89,7 +89,7 @@ class NinjaBuild(BuildExtension):
         graph.run(jobs)
         for extension in self.extensions:
             wanted = Path(self.get_ext_fullpath(extension.name))
-            self.place(graph.folder / self.library_name(extension), wanted)
+            place(graph.folder / self.library_name(extension), wanted, as_of)
         if not self.sanitize:
             (ROOT / "compile_commands.json").write_text(graph.compile_commands())
         seconds = time.monotonic() - started
@@ -104,14 +104,6 @@ class NinjaBuild(BuildExtension):
 
     def library_name(self, extension):
         return Path(self.get_ext_filename(extension.name)).name
-
-    @staticmethod
-    def place(built, wanted):
-        """Copy by rename: a process that has the old library mapped keeps it whole."""
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        partial = wanted.with_name(wanted.name + ".partial")
-        shutil.copy2(built, partial)
-        os.replace(partial, wanted)
 
     def flags(self):
         """The compiler's flags, the linker's, and the linker's for a library without gaps."""

@@ -1,7 +1,9 @@
 """A ninja file, written line by line, and the call of ninja. Standard library only."""
 
 import fcntl
+import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,19 @@ from build_machine import ROOT, fail, find_compiler, find_ninja
 def escaped(path):
     """Escape what ninja's own syntax would read: `$`, space and colon."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def place(built, wanted, as_of):
+    """Copy by rename: a process that has the old library mapped keeps it whole.
+
+    The copy's time is that of the build's begin, whether or not anything had to be compiled: what
+    is newer has not been looked at.
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    partial = wanted.with_name(wanted.name + ".partial")
+    shutil.copy(built, partial)
+    os.utime(partial, (as_of, as_of))
+    os.replace(partial, wanted)
 
 
 class Graph:

@@ -12,13 +12,13 @@ CUDA torch and pytest, nothing installed by us, and no network.
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import build_cuda
 from gpu import report, stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,15 +65,25 @@ def require_gpu():
         raise Missing(f"no GPU: torch {torch.__version__} sees none")
 
 
+def sources_of(library):
+    """The files that a library is made of, and those that build it."""
+    other = "cuda" if "_C_cpu" in library.name else "cpu"
+    scripts = [ROOT / "setup.py", *(ROOT / "scripts").glob("build_*.py")]
+    csrc = ROOT / "csrc"
+    elsewhere = {csrc / "simt", csrc / other}  # the executor is in neither library
+    return [path for path in scripts if path.name != "build_simt.py"] + [
+        path
+        for path in report.source_files(csrc)
+        if elsewhere.isdisjoint(path.parents)
+        and not path.stem.endswith(f"_{other}")
+        and not (path.suffix == ".py" and other == "cuda")  # the table of the CUDA kernels
+    ]
+
+
 def is_stale(library):
-    """Whether a library is older than what it is made of."""
+    """Whether a library is older than what it is made of; every build makes it as new as itself."""
     built = library.stat().st_mtime
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*")]
-    executor = ROOT / "csrc" / "simt"  # in neither library
-    return any(
-        path.is_file() and executor not in path.parents and path.stat().st_mtime > built
-        for path in sources
-    )
+    return any(path.stat().st_mtime > built for path in sources_of(library))
 
 
 def require_libraries(run, prebuilt):
@@ -87,8 +97,10 @@ def require_libraries(run, prebuilt):
     if not absent and not stale:
         return
     wanted = ", ".join([f"{n} (missing)" for n in absent] + [f"{n} (stale)" for n in stale])
-    if shutil.which("nvcc") is None:
-        raise Missing(f"{wanted}: no nvcc to build it; --prebuilt takes what is there as it is")
+    toolkit, problem = build_cuda.find_toolkit()
+    if toolkit is None:
+        cure = "make build CUDA=pip installs one, --prebuilt takes what is there as it is"
+        raise Missing(f"{wanted}, and {problem}: {cure}")
     print(f"building {wanted} ...", flush=True)
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     if run.command("build", command, BUILD_S, FLASHINFER_LITE_CUDA="1") != 0:

@@ -114,9 +114,9 @@ def test_libraries_are_required_and_their_age_is_known(device, script, run, monk
     module = script("test_gpu")
     libraries = [tmp_path / "_C_cpu.abi3.so", tmp_path / "_C_cuda.abi3.so"]
     monkeypatch.setattr(module, "LIBRARIES", libraries)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where no nvcc is, whatever is elsewhere
     libraries[0].touch()
-    for prebuilt, text in ((True, "no _C_cuda.abi3.so"), (False, "no nvcc to build it")):
+    for prebuilt, text in ((True, "no _C_cuda.abi3.so"), (False, "no nvcc in CUDA_HOME=")):
         with pytest.raises(module.Missing, match=text):
             module.require_libraries(run, prebuilt)
     libraries[1].touch()
@@ -125,6 +125,51 @@ def test_libraries_are_required_and_their_age_is_known(device, script, run, monk
     with pytest.raises(module.Missing, match=r"_C_cuda.abi3.so \(stale\)"):
         module.require_libraries(run, prebuilt=False)
     module.require_libraries(run, prebuilt=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "stale"),
+    [
+        ("setup.py", {"cpu", "cuda"}),
+        ("scripts/build_graph.py", {"cpu", "cuda"}),
+        ("scripts/build_simt.py", set()),
+        ("csrc/common/types.h", {"cpu", "cuda"}),
+        ("csrc/ops/check.h", {"cpu", "cuda"}),
+        ("csrc/ops/decode_cpu.cpp", {"cpu"}),
+        ("csrc/cpu/kernels/table.h", {"cpu"}),
+        ("csrc/ops/runtime_cuda.h", {"cuda"}),
+        ("csrc/common/params/attention_cuda.h", {"cuda"}),
+        ("csrc/cuda/dispatch.cpp", {"cuda"}),
+        ("csrc/instances.py", {"cuda"}),
+        ("csrc/__pycache__/instances.cpython-311.pyc", set()),
+        ("csrc/simt/barrier.cpp", set()),
+    ],
+)
+def test_a_library_is_stale_by_its_own_sources(
+    device, script, monkeypatch, tmp_path, source, stale
+):
+    module, built, changed = script("test_gpu"), tmp_path / "built", tmp_path / source
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    libraries = {half: tmp_path / f"_C_{half}.abi3.so" for half in ("cpu", "cuda")}
+    for path in (tmp_path / "setup.py", built, changed, *libraries.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (100, 200 if path == changed else 100))
+    assert {half for half, path in libraries.items() if module.is_stale(path)} == stale
+    for path in libraries.values():  # a build that compiled nothing
+        script("build_graph").place(built, path, as_of=300)
+    assert not any(map(module.is_stale, libraries.values()))
+
+
+def test_caches_are_no_sources(device, script, tmp_path):
+    report = script("gpu.report")
+    (tmp_path / "a.h").write_text("int a;")
+    before = report.tree_sha256(tmp_path)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").touch()
+    assert report.tree_sha256(tmp_path) == before
+    (tmp_path / "b.h").touch()
+    assert report.tree_sha256(tmp_path) != before
 
 
 def test_carried_wheels_are_installed_for_the_run_alone(device, script, run, tmp_path):

@@ -15,10 +15,16 @@ def sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
+def source_files(folder: Path) -> list[Path]:
+    """The files below a folder, without what Python keeps beside its sources."""
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return sorted(path for path in paths if path.is_file())
+
+
 def tree_sha256(folder: Path) -> str:
     """Hash names and contents of a folder's files: which sources, where there is no git."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in source_files(folder):
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
