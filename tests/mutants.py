@@ -231,24 +231,49 @@ def stale_sites(kernels, goldens, explained):
 # ---- What to run
 
 
+def git(*arguments):
+    """The lines that git prints."""
+    command = ["git", "-C", ROOT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def changed_files(base):
+    """-> (the paths that differ from where HEAD left `base`, untracked ones too; since when).
+
+    Where nothing differs, as in CI on `base` itself: since before the last commit on csrc/cuda.
+    """
+    untracked = git("ls-files", "--others", "--exclude-standard")
+    changed = [*git("diff", "--name-only", "--merge-base", base), *untracked]
+    if changed:
+        return changed, base
+    last = git("log", "-1", "--first-parent", "--format=%h", "--", "csrc/cuda")
+    if not last:
+        return [], base
+    base = f"{last[0]}~1"
+    return git("diff", "--name-only", base), base
+
+
 def changed_kernels(base):
     """The kernels that a change since `base` may concern."""
     try:
-        command = ["git", "-C", ROOT, "diff", "--name-only", "--merge-base", base]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        changed, since = changed_files(base)
     except subprocess.CalledProcessError as error:
         print(f"--changed: every kernel, because git says: {error.stderr.strip()}")
         return KERNELS
-    changed = done.stdout.split()
-    everywhere = ("csrc/simt/", "csrc/cuda/dispatch", "csrc/instances.py", "tests/mutant")
-    if any(path.startswith((*everywhere, "flashinfer_lite/testing/")) for path in changed):
-        return KERNELS
-    return tuple(kernel for kernel in KERNELS if not sources_of(kernel).isdisjoint(changed))
+    everywhere = ("csrc/simt/", "csrc/instances.py", "scripts/build_", "tests/mutant")
+    in_all = sources_of("cuda/dispatch.cpp")
+    kernels = KERNELS
+    if in_all.isdisjoint(changed) and not any(
+        path.startswith((*everywhere, "flashinfer_lite/testing/")) for path in changed
+    ):
+        own = {kernel: sources_of(f"cuda/kernels/{kernel}/sm80.cuh") for kernel in KERNELS}
+        kernels = tuple(kernel for kernel in KERNELS if not own[kernel].isdisjoint(changed))
+    print(f"changed since {since}: {', '.join(kernels) or 'no kernel'}", flush=True)
+    return kernels
 
 
-def sources_of(kernel):
-    header = f"cuda/kernels/{kernel}/sm80.cuh"
-    return {f"csrc/{path}" for path in mutant_sources.closure(header)}
+def sources_of(file):
+    return {f"csrc/{path}" for path in mutant_sources.closure(file)}
 
 
 def parse(arguments):
@@ -270,7 +295,6 @@ def main(arguments=None, cases=None, explained=EXPLAINED_SITES):
     if options.changed:
         kernels = tuple(kernel for kernel in changed_kernels(options.base) if kernel in kernels)
         if not kernels:
-            print(f"no kernel changed since {options.base}")
             return 0
     mutants = [m for m in mutant_sources.all_mutants() if set(m.kernels) & set(kernels)]
     faults = {mutant.name: mutant.fault() for mutant in mutants}

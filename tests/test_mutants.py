@@ -81,10 +81,7 @@ def test_an_explanation_must_hold(device, capsys):
 
 def test_what_a_change_concerns(device, monkeypatch):
     def changed(*paths):
-        class Done:
-            stdout = "\n".join(paths)
-
-        monkeypatch.setattr(mutants.subprocess, "run", lambda *_, **__: Done)
+        monkeypatch.setattr(mutants, "changed_files", lambda base: (paths, base))
         return mutants.changed_kernels("HEAD~1")
 
     assert changed("README.md", "csrc/ops/decode_cpu.cpp") == ()
@@ -92,3 +89,34 @@ def test_what_a_change_concerns(device, monkeypatch):
     assert changed("csrc/cuda/tile/scheduler.cuh") == ("attention_fwd",)
     assert changed("csrc/common/types.h") == KERNELS
     assert changed("csrc/simt/barrier.cpp") == KERNELS
+    assert changed("csrc/cuda/dispatch.cpp") == KERNELS
+    assert changed("csrc/common/heuristics.h") == KERNELS
+    assert changed("scripts/build_simt.py") == KERNELS
+
+
+def test_since_when_a_change_counts(device, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # where a hook runs the tests
+        monkeypatch.delenv(name, raising=False)
+
+    def commit(path):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+        mutants.git("add", ".")
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        mutants.git(*who, "commit", "-qm", path)
+
+    mutants.git("init", "-q", "-b", "main")
+    commit("README.md")
+    commit("csrc/cuda/kernels/decode/sm80.cuh")
+    commit("docs/gpu.md")
+    kernel, page = "csrc/cuda/kernels/decode/sm80.cuh", "docs/gpu.md"
+    assert mutants.changed_files("main~1") == ([page], "main~1")
+    # At the base: the last change of a kernel, and what came after it.
+    changed, since = mutants.changed_files("main")
+    assert changed == [kernel, page]
+    assert mutants.git("rev-parse", since) == mutants.git("rev-parse", "main~2")
+    (tmp_path / "new.txt").touch()
+    assert mutants.changed_files("main") == (["new.txt"], "main")
+    assert mutants.changed_kernels("nosuch") == KERNELS
+    assert "every kernel, because git says" in capsys.readouterr().out
