@@ -18,9 +18,10 @@ import instances
 
 MIN_NVCC = (12, 8)
 BYTES_PER_JOB = 3 * 2**29  # one nvcc with its children
+# -fmad=false: as on the CPU, a*b+c stays two roundings unless a kernel writes the FMA.
 NVCCFLAGS = (
     "-std=c++20 -O3 -lineinfo -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage "
-    "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+    "-fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 )
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 MANIFEST = "manifest"  # a program that prints the rows of the library and their shared memory
@@ -59,6 +60,13 @@ def candidate_roots():
     return roots, "this Python's packages, PATH and /usr/local/cuda*"
 
 
+def nvcc_release(nvcc):
+    """-> e.g. (13, 0), or (0, 0) where it does not say."""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", answer)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def find_toolkit():
     """-> (Toolkit, "") or (None, what is wrong)."""
     roots, where = candidate_roots()
@@ -72,9 +80,7 @@ def find_toolkit():
         if library is None:
             problem = f"no libcudart_static.a beside {nvcc}"
             continue
-        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        match = re.search(r"release (\d+)\.(\d+)", answer)
-        release = (int(match[1]), int(match[2])) if match else (0, 0)
+        release = nvcc_release(nvcc)
         if release >= MIN_NVCC:
             return Toolkit(root, library, release), ""
         wanted, got = (".".join(map(str, version)) for version in (MIN_NVCC, release))

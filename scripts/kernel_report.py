@@ -11,6 +11,7 @@ The first reads what ptxas said during the build, the second disassembles the ob
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def built_rows():
         for row in instances.ROWS
         if row.name in smem_bytes
     ]
+
+
+def nvcc_of_the_build():
+    """The compiler that the last CUDA build was made with, whatever is found now."""
+    text = (build_folder() / "build.ninja").read_text()
+    line = re.search(r"^nvcc = (.+)$", text, re.MULTILINE)
+    return shlex.split(line[1])[0] if line else fail("the last build was without the CUDA half")
 
 
 def parse_ptxas(text):
@@ -158,10 +166,11 @@ def resident_blocks(threads, registers, smem_bytes, smem_per_sm):
 
 STATIC_INTRODUCTION = """# What the compiler made of the kernels
 
-Written by `make static` from the last CUDA build; nothing here was measured on a GPU. Registers
-and spills are ptxas' own words, instructions are counted in the disassembly of the whole kernel:
-the steps over full and over masked blocks and the exact path. Blocks are those that registers and
-shared memory let share a multiprocessor with 100, 164 and 228 KB (8.6 and 8.9, 8.0, 9.0).
+Written by `make static` from a build by nvcc {release}; nothing here was measured on a GPU.
+Registers and spills are ptxas' own words, instructions are counted in the disassembly of the whole
+kernel: the steps over full and over masked blocks and the exact path. Blocks are those that
+registers and shared memory let share a multiprocessor with 100, 164 and 228 KB (8.6 and 8.9, 8.0,
+9.0).
 """
 
 
@@ -170,7 +179,8 @@ def report_static():
     rows = built_rows()
     columns = ("HMMA", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "BAR")
     heads = ("row", "arch", "registers", "spilled bytes", "shared memory", "blocks", "instructions")
-    lines = [STATIC_INTRODUCTION, f"| {' | '.join((*heads, *columns))} |"]
+    release = ".".join(map(str, build_cuda.nvcc_release(nvcc_of_the_build())))
+    lines = [STATIC_INTRODUCTION.format(release=release), f"| {' | '.join((*heads, *columns))} |"]
     lines.append("|---" * (len(heads) + len(columns)) + "|")
     for (row, smem_bytes, unit), by_arch in zip(rows, opcodes_of_rows(rows), strict=True):
         usage = parse_ptxas(unit.with_name(f"{unit.name}.ptxas").read_text())

@@ -1,6 +1,7 @@
 """The table of CUDA kernels: its rules, the sources made from it, and the reports on its rows."""
 
 import dataclasses
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -148,6 +149,17 @@ def test_report_refuses_a_spill_that_its_row_does_not_allow():
     assert report.spill_problem(DECODE, clean) is None
     assert "spills nothing" in report.spill_problem(allows[60], clean)
     assert "no kernel" in report.spill_problem(DECODE, report.parse_ptxas(""))
+
+
+def test_the_committed_report_is_of_this_table():
+    """`make static` writes it anew."""
+    lines = (ROOT / "docs/kernels/static.md").read_text().splitlines()
+    cells = [line.split(" | ") for line in lines if line.startswith("| `")]
+    assert list(dict.fromkeys(row.strip("| `") for row, *_ in cells)) == [row.name for row in ROWS]
+    introduction = report.STATIC_INTRODUCTION.splitlines()
+    written = re.escape(introduction[2]).replace(r"\{release\}", r"\d+\.\d+")
+    assert re.fullmatch(written, lines[2]), lines[2]
+    assert lines[3 : len(introduction)] == introduction[3:]
 
 
 SASS = """\
