@@ -33,7 +33,7 @@ build: venv  ## create .venv, compile what changed; CUDA=1: the CUDA half too, C
 simt: venv  ## build the executor, which runs the CUDA kernels on the CPU, for the tests
 	@$(BIN)/python scripts/build_simt.py --ops
 
-test: build simt  ## build, then the tests (3 minutes); ARGS="-k decode" narrows
+test: build simt  ## build, then the tests; ARGS="-k decode" narrows
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: build simt  ## build, then every test, the long grids too
