@@ -213,56 +213,6 @@ def test_comparisons_take_the_fastest_of_each_rival(device, script):
     assert "attention a causal" in text and "decode a " in text and "a_kernel x3" in text
 
 
-def test_a_pytest_report_is_read(device, script, tmp_path):
-    stages, path = script("gpu.stages"), tmp_path / "junit.xml"
-    assert stages.read_junit(path)["missing"]
-    path.write_text(
-        '<testsuites><testsuite tests="4" failures="1" errors="0" skipped="1">'
-        '<testcase classname="tests.test_a" name="test_x[1]"/>'
-        '<testcase classname="tests.test_a" name="test_y"><failure message="out: max&#10;x"/>'
-        "</testcase></testsuite></testsuites>"
-    )
-    found = stages.read_junit(path)
-    assert found["failed"] == [{"test": "tests.test_a::test_y", "message": "out: max"}]
-    assert stages.counted(found) == "2 passed, 1 failed"
-
-
-@pytest.mark.parametrize(
-    "text, clean",
-    [
-        ("========= ERROR SUMMARY: 0 errors\n", True),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
-        ("========= ERROR SUMMARY: 10 errors\n", False),
-        ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n", False),
-        ("the tool did not start\n", False),
-    ],
-)
-def test_only_a_summary_of_nothing_is_clean(device, script, text, clean):
-    assert bool(script("gpu.stages").CLEAN.search(text)) == clean
-
-
-def test_the_sanitizer_stage_believes_no_tool_that_misses_a_planted_error(
-    device, script, run, monkeypatch, tmp_path
-):
-    stages = script("gpu.stages")
-    tool, proof = tmp_path / "compute-sanitizer", tmp_path / "planted"
-    run.dry = False
-    monkeypatch.setattr(stages.shutil, "which", lambda name: str(tool))
-    monkeypatch.setattr(stages.planted, "build", lambda run: proof)
-    for bites in (True, False):
-        status = 86 if bites else 0
-        tool.write_text(
-            f'#!/bin/sh\ncase "$*" in *{proof}*) exit {status};; esac\n'
-            "echo ERROR SUMMARY: 0 errors\n"
-        )
-        tool.chmod(0o755)
-        found = stages.sanitizer(run, 60)
-        assert found["status"] == ("passed" if bites else "failed")
-        assert ("found" if bites else "MISSED") in found["summary"]
-    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
-    assert stages.sanitizer(run, 60)["status"] == "skipped"
-
-
 def pytest_on_cuda(*arguments, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
