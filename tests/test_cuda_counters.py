@@ -168,7 +168,7 @@ def combine_expected(row, rows, num_states, partial_size):
     kernel, columns = "combine/sm80.cuh", row.head_dim // 32
     return {
         ("ld.global", kernel): (
-            rows * (-(-num_states // 32) + num_states * (1 + columns)),
+            rows * (2 * -(-num_states // 32) + num_states * columns),
             rows * num_states * (2 + columns * partial_size),
         ),
         ("st.global", kernel): (rows * (columns + 1), rows * (columns * size_of(row) + 1)),
@@ -204,7 +204,7 @@ def test_decode_under_a_window(device, executor, row):
 @pytest.mark.parametrize("row", COMBINE_ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("num_states", [1, 5, 33])
 def test_merge_states(device, executor, row, num_states):
-    """Each partial is read once; more than 32 states take a second look at lse."""
+    """Each partial is read once, each lse twice: for the largest, then for the weights."""
     outs = torch.randn(num_states, 1, 1, 8, 128).to(dtype_of(row))
     lses = torch.randn(num_states, 1, 8, 1)
     ex = executor(row)

@@ -90,7 +90,7 @@ inline int64_t heads_per_section(int64_t heads, int64_t bytes_per_head, int64_t 
                              std::max<int64_t>(heads, 1));
 }
 
-constexpr int64_t kMinKeysPerCudaSplit = 128;  // below, the merge costs more than it spreads
+constexpr int64_t kMinKeysPerCudaSplit = 128;  // of the cache's capacity
 constexpr int64_t kMaxCudaSplits = 128;
 
 // Splits so that `work` equal pieces keep `slots` resident thread blocks busy: the fewest whose

@@ -53,11 +53,17 @@ uint32_t checked_blocks(const Instance& row, int64_t blocks) {
   return static_cast<uint32_t>(blocks);
 }
 
+// Whether 16-byte accesses may be used. The stride of a dimension of size 1 does not matter, but
+// for seqlen: rows beyond the last have addresses too, and those must be aligned though nothing is
+// read.
 template <class Pointer>
-bool rows_are_aligned(const Strided<Pointer>& x, int64_t element_size) {
-  const auto address = reinterpret_cast<uintptr_t>(x.data);
-  const int64_t chunk = 16 / element_size;
-  return address % 16 == 0 && x.batch % chunk == 0 && x.seqlen % chunk == 0 && x.head % chunk == 0;
+bool rows_are_aligned(const Strided<Pointer>& x, int64_t batch_size, int64_t num_heads,
+                      int64_t element_size) {
+  const auto even = [&](int64_t size, int64_t stride) {
+    return size <= 1 || stride * element_size % 16 == 0;
+  };
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && even(batch_size, x.batch) &&
+         x.seqlen * element_size % 16 == 0 && even(num_heads, x.head);
 }
 
 // The kernels index rows and keys with 32 bits; offsets in memory have 64.
@@ -114,10 +120,10 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
   // exponential does not.
   p.scale_first =
       size == 4 || p.softcap != 0 || p.mask.type != MaskType::kNone || !(p.softmax_scale > 0);
-  p.vector_q = rows_are_aligned(p.q, size);
-  p.vector_k = rows_are_aligned(p.k, size);
-  p.vector_v = rows_are_aligned(p.v, size);
-  p.vector_out = rows_are_aligned(p.out, size);
+  p.vector_q = rows_are_aligned(p.q, p.batch_size, p.num_heads_q, size);
+  p.vector_k = rows_are_aligned(p.k, p.batch_size, p.num_heads_kv, size);
+  p.vector_v = rows_are_aligned(p.v, p.batch_size, p.num_heads_kv, size);
+  p.vector_out = rows_are_aligned(p.out, p.batch_size, p.num_heads_q, size);
 }
 
 const Instance& instance_named(const std::string& name) {
@@ -152,7 +158,7 @@ DecodePlan plan_decode(const CudaAttentionParams& p, ElementType element, const 
   if (kv_splits == 0) {
     const int64_t work =
         p.batch_size * p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plan.instance->block_m);
-    // More than two blocks of this kernel on a multiprocessor gain nothing but more splits.
+    // Two resident blocks each: more of them would want more splits; not measured yet.
     const int64_t resident =
         std::min<int64_t>(blocks_per_sm(plan.instance->smem_bytes, device.smem_per_sm), 2);
     kv_splits = cuda_kv_splits(work, device.num_sms * resident, p.seqlen_kv);

@@ -34,7 +34,7 @@ struct CudaAttentionParams : AttentionFwdParams {
   int64_t num_m_blocks = 0;       // blocks of rows per (batch, KV head)
   int64_t heads_per_section = 1;  // forward: (batch, KV head) pairs that share the L2 at a time
 
-  // The base's visibility() cannot read device memory; kernels build theirs with tile/kv_source.
+  // The base's visibility() cannot read device memory; kernels build theirs with tile/scores.
   Visibility visibility(int64_t) const = delete;
 };
 

@@ -254,9 +254,14 @@ Status launch(const LaunchConfig& config, Stream stream, const Params& params) {
       return static_cast<Status>(refused);
     }
   }
-  kernel<<<config.blocks, config.threads, config.smem_bytes, static_cast<cudaStream_t>(stream)>>>(
-      params);
-  return static_cast<Status>(cudaGetLastError());
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = config.blocks;
+  launch_config.blockDim = config.threads;
+  launch_config.dynamicSmemBytes = config.smem_bytes;
+  launch_config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = cudaLaunchKernelEx(&launch_config, kernel, params);
+  if (status != cudaSuccess) cudaGetLastError();
+  return static_cast<Status>(status);
 }
 
 }  // namespace flashinfer_lite::arch

@@ -160,34 +160,35 @@ __device__ __forceinline__ void pv_float(float (&p)[kM][kKeyTiles][4], const VTi
                                          float (&o)[kM][kTiles][4], int lane) {
   const int t = lane % 4;
 #pragma unroll 1
-  for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
-#pragma unroll 1
-    for (int holder = 0; holder < 4; ++holder) {
+  for (int key = 0; key < kKeyTiles * 8; ++key) {
+    float weight[kM][2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float weight[kM][2];
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
+      for (int half = 0; half < 2; ++half) {
+        const float even = p[m][0][2 * half];
+        const float odd = p[m][0][2 * half + 1];
+        // A quad holds eight keys of the row, two a lane.
+        weight[m][half] = arch::shfl(key % 2 == 0 ? even : odd, lane - t + key % 8 / 2);
+      }
+    }
+    const uint32_t v_lane = arch::opaque(v.at(key, 2 * t));
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            weight[m][half] = arch::shfl(p[m][0][2 * half + e], lane - t + holder);
-        const uint32_t v_lane = arch::opaque(v.at(key_tile * 8 + 2 * holder + e, 2 * t));
+    for (int n = 0; n < kTiles; ++n) {
+      const Float2 x = arch::lds<Float2>(VTile::advance(v_lane, 0, 2 * n));
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const Float2 x = arch::lds<Float2>(VTile::advance(v_lane, 0, 2 * n));
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-          for (int m = 0; m < kM; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              o[m][n][2 * half] = fmaf(weight[m][half], x.x, o[m][n][2 * half]);
-              o[m][n][2 * half + 1] = fmaf(weight[m][half], x.y, o[m][n][2 * half + 1]);
-            }
-          }
+        for (int half = 0; half < 2; ++half) {
+          o[m][n][2 * half] = fmaf(weight[m][half], x.x, o[m][n][2 * half]);
+          o[m][n][2 * half + 1] = fmaf(weight[m][half], x.y, o[m][n][2 * half + 1]);
         }
       }
     }
+    if (key % 8 == 7) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) rotate(p[m]);
+      for (int m = 0; m < kM; ++m) rotate(p[m]);
+    }
   }
 }
 

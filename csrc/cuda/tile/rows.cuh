@@ -39,7 +39,10 @@ struct PackedRowView {
     const Row at = rows[first + r];
     return sequence + at.query * stride_query + at.head * stride_head;
   }
-  __device__ __forceinline__ Element* next(Element*, int r, int rows_on) const {
+  // Whole groups further lie the same head's later queries, an addition away.
+  __device__ __forceinline__ Element* next(Element* at, int r, int rows_on) const {
+    const int queries_on = rows_on / rows.group_size;
+    if (queries_on * rows.group_size == rows_on) return at + queries_on * stride_query;
     return row(r + rows_on);
   }
   __device__ __forceinline__ bool valid(int r) const { return first + r < rows.rows; }

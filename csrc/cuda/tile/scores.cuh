@@ -16,16 +16,12 @@ namespace flashinfer_lite::tile {
 
 constexpr double kLog2E = 1.44269504088896340736;
 
-// A length in device memory, clamped to [low, high]: a wrong value may not lead outside the cache.
 template <class View>
-__device__ __forceinline__ int64_t read_length(const View& view, int batch_idx, int64_t low,
-                                               int64_t high, int64_t otherwise) {
+__device__ __forceinline__ int64_t read_length(const View& view, int batch_idx, int64_t otherwise) {
   if (view.data == nullptr) return otherwise;
   const int64_t at = batch_idx * view.stride;
-  const int64_t value = view.is_int64
-                            ? arch::ldg(static_cast<const int64_t*>(view.data) + at)
-                            : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
-  return value < low ? low : value > high ? high : value;
+  return view.is_int64 ? arch::ldg(static_cast<const int64_t*>(view.data) + at)
+                       : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
 }
 
 // The slots of one sequence that hold keys. What else decides visibility is in Params: it is put
@@ -46,11 +42,17 @@ struct KeySlots {
   }
 };
 
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Clamped: a wrong length may not lead outside the cache. Both are loaded before either is used.
 template <class Params>
 __device__ __forceinline__ KeySlots read_key_slots(const Params& p, int batch_idx) {
-  const int64_t end = read_length(p.device_seqlens_kv, batch_idx, 0, p.seqlen_kv, p.seqlen_kv);
-  const int64_t begin = read_length(p.device_kv_start, batch_idx, 0, end, 0);
-  return {static_cast<int>(begin), static_cast<int>(end)};
+  const int64_t end = read_length(p.device_seqlens_kv, batch_idx, p.seqlen_kv);
+  const int64_t begin = read_length(p.device_kv_start, batch_idx, 0);
+  const int64_t last = clamp(end, 0, p.seqlen_kv);
+  return {static_cast<int>(clamp(begin, 0, last)), static_cast<int>(last)};
 }
 
 template <class Mask>
@@ -72,41 +74,74 @@ __device__ __forceinline__ float bias_log2(double bias) {
   return static_cast<float>(fabs(bias) <= std::numeric_limits<double>::max() ? scaled : bias);
 }
 
-// The additive mask at one pair, in units of log2; 0 where a bool mask shows the key and -inf where
-// it hides it.
-template <class Mask>
-__device__ __forceinline__ float read_mask(const Mask& mask, int64_t at) {
-  switch (mask.type) {
-    case MaskType::kBool:
-      return arch::ldg(static_cast<const uint8_t*>(mask.data) + at) != 0 ? 0.f : kMinusInf;
-    case MaskType::kFloat64:
-      return bias_log2(arch::ldg(static_cast<const double*>(mask.data) + at));
-    case MaskType::kFloat32:
-      return bias_log2(arch::ldg(static_cast<const float*>(mask.data) + at));
-    case MaskType::kBFloat16:
-      return bias_log2(arch::to_float(arch::ldg(static_cast<const BFloat16*>(mask.data) + at)));
-    case MaskType::kFloat16:
-      return bias_log2(arch::to_float(arch::ldg(static_cast<const Float16*>(mask.data) + at)));
-    default:
-      return 0.f;
+// What an element of the mask adds, in units of log2: a bool shows (0) or hides (-inf).
+__device__ __forceinline__ float bias_of(uint8_t x) { return x != 0 ? 0.f : kMinusInf; }
+__device__ __forceinline__ float bias_of(float x) { return bias_log2(x); }
+__device__ __forceinline__ float bias_of(double x) { return bias_log2(x); }
+__device__ __forceinline__ float bias_of(BFloat16 x) { return bias_log2(arch::to_float(x)); }
+__device__ __forceinline__ float bias_of(Float16 x) { return bias_log2(arch::to_float(x)); }
+
+// The first row's scores in columns e of its tiles move on by one tile; `last` becomes the last.
+template <int kM, int kTiles>
+__device__ __forceinline__ void rotate_first_row(float (&s)[kM][kTiles][4], int e, float last) {
+#pragma unroll
+  for (int n = 0; n + 1 < kTiles; ++n) s[0][n][e] = s[0][n + 1][e];
+  s[0][kTiles - 1][e] = last;
+}
+
+// Adds the mask to the first row that the lane holds, in units of log2, and hides what it hides,
+// NaN too. Two tiles at a time, rotating: four loads are under way, and no more registers are
+// taken.
+template <class Element, class Mask, int kM, int kTiles>
+__device__ __forceinline__ void add_mask_of(float (&s)[kM][kTiles][4], const Mask& mask,
+                                            int64_t offset, int keys, int lane) {
+  const auto* row = static_cast<const Element*>(mask.data) + offset;
+#pragma unroll 1
+  for (int n = 0; n < kTiles; n += 2) {
+    float bias[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int col = (n + i / 2) * 8 + lane % 4 * 2 + i % 2;
+      bias[i] = arch::predicate(col < keys) ? bias_of(arch::ldg(row + col * mask.col)) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = i % 2;
+      const float x = bias[i] == kMinusInf ? kMinusInf : s[0][0][e] + bias[i];
+      rotate_first_row(s, e, x);
+    }
   }
 }
 
-// Replaces each score x of the first row that the lane holds, in column `col` of the tile, by f(x,
-// col). The loop stays a loop, so that a costly f is compiled once and not once per element:
-// registers cannot be indexed, so they rotate.
+// The same for any type of mask; `keys` of the tile exist.
+template <class Mask, int kM, int kTiles>
+__device__ __forceinline__ void add_mask(float (&s)[kM][kTiles][4], const Mask& mask,
+                                         int64_t offset, int keys, int lane) {
+  switch (mask.type) {
+    case MaskType::kBool:
+      return add_mask_of<uint8_t>(s, mask, offset, keys, lane);
+    case MaskType::kFloat64:
+      return add_mask_of<double>(s, mask, offset, keys, lane);
+    case MaskType::kFloat32:
+      return add_mask_of<float>(s, mask, offset, keys, lane);
+    case MaskType::kBFloat16:
+      return add_mask_of<BFloat16>(s, mask, offset, keys, lane);
+    case MaskType::kFloat16:
+      return add_mask_of<Float16>(s, mask, offset, keys, lane);
+    default:
+      return;
+  }
+}
+
+// Replaces each score x of the first row that the lane holds by f(x). The loop stays a loop, so
+// that a costly f is compiled once and not once per element: registers cannot be indexed, so they
+// rotate.
 template <int kM, int kTiles, class F>
-__device__ __forceinline__ void replace_in_first_row(float (&s)[kM][kTiles][4], int lane,
-                                                     const F& f) {
+__device__ __forceinline__ void replace_in_first_row(float (&s)[kM][kTiles][4], const F& f) {
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float x = f(s[0][0][e], n * 8 + lane % 4 * 2 + e);
-#pragma unroll
-      for (int i = 0; i + 1 < kTiles; ++i) s[0][i][e] = s[0][i + 1][e];
-      s[0][kTiles - 1][e] = x;
-    }
+    for (int e = 0; e < 2; ++e) rotate_first_row(s, e, f(s[0][0][e]));
   }
 }
 
@@ -149,22 +184,20 @@ template <class Params, int kM, int kTiles>
 __device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Params& p,
                                              const PackedRows& rows, const KeySlots& slots,
                                              const ScoreOrigin& at, int lane) {
-  if (p.softcap == 0) multiply(s, p.scale_log2);
+  const bool masked = p.mask.type != MaskType::kNone;
+  if (p.softcap == 0) {
+    multiply(s, p.scale_log2);
+    if (!masked) return;
+  }
 #pragma unroll 1
   for (int i = 0; i < kM * 2; ++i) {  // all rows that the lane holds
     if (p.softcap != 0) {
-      replace_in_first_row(s, lane,
-                           [&](float x, int) { return p.from_cap * arch::tanh(x * p.to_cap); });
+      replace_in_first_row(s, [&](float x) { return p.from_cap * arch::tanh(x * p.to_cap); });
     }
     const int r = at.row + i * 8 + lane / 4;
-    if (p.mask.type != MaskType::kNone && arch::predicate(r < rows.rows)) {
-      const int64_t row_offset = mask_offset(p.mask, at.batch_idx, rows[r]);
-      replace_in_first_row(s, lane, [&](float x, int col) {
-        const int key = at.key + col;
-        if (!arch::predicate(key < slots.end)) return x;
-        const float bias = read_mask(p.mask, row_offset + key * p.mask.col);
-        return bias == kMinusInf ? kMinusInf : x + bias;  // what the mask hides, NaN too
-      });
+    if (masked && arch::predicate(r < rows.rows)) {
+      const int64_t offset = mask_offset(p.mask, at.batch_idx, rows[r]) + at.key * p.mask.col;
+      add_mask(s, p.mask, offset, slots.end - at.key, lane);
     }
     rotate_rows(s);
   }

@@ -67,17 +67,26 @@ __global__ void __launch_bounds__(kThreads) combine_sm80(const __grid_constant__
     float sum[kColumns] = {};
     weights = 0.f;
 #pragma unroll 1
-    for (int64_t s = 0; s < p.num_states; ++s) {
-      const float lse = arch::ldg(lse_partial + s * p.lse_partial_state);
-      if (lse == tile::kMinusInf) continue;
-      const float weight = arch::exp2((lse - largest) * kLog2E);
-      weights += weight;
+    for (int64_t first = 0; first < p.num_states; first += 32) {
+      // A lane reads the lse of one state and keeps its weight for all.
+      const bool exists = first + lane < p.num_states;
+      const float lse =
+          exists ? arch::ldg(lse_partial + (first + lane) * p.lse_partial_state) : tile::kMinusInf;
+      const float own = lse == tile::kMinusInf ? 0.f : arch::exp2((lse - largest) * kLog2E);
+      const auto here = static_cast<int>(p.num_states - first < 32 ? p.num_states - first : 32);
+      const uint32_t full = arch::ballot(lse != tile::kMinusInf);
+#pragma unroll 4
+      for (int s = 0; s < here; ++s) {
+        const float weight = arch::shfl(own, s);
+        if ((full >> s & 1u) == 0) continue;  // empty: its out may hold anything
+        weights += weight;
+        const Partial* state = out_partial + (first + s) * p.out_partial_state;
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int64_t col = first_col + i * 32 + lane;
-        if (!arch::predicate(col < p.head_dim_v)) continue;
-        const Partial x = arch::ldg(out_partial + s * p.out_partial_state + col);
-        sum[i] = fmaf(weight, arch::to_float(x), sum[i]);
+        for (int i = 0; i < kColumns; ++i) {
+          const int64_t col = first_col + i * 32 + lane;
+          if (!arch::predicate(col < p.head_dim_v)) continue;
+          sum[i] = fmaf(weight, arch::to_float(arch::ldg(state + col)), sum[i]);
+        }
       }
     }
     const float inverse = weights == 0.f ? 0.f : 1.f / weights;

@@ -83,7 +83,6 @@ struct Block {
     batch_idx = static_cast<int>(block / kv_splits);
 
     rows = {head_kv, p.group, p.rows};
-    slots = tile::read_key_slots(p, batch_idx);
     k_head = static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + head_kv * p.k.head;
     v_head = static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + head_kv * p.v.head;
     scale = p.scale_first ? 1.f : p.scale_log2;
@@ -359,9 +358,10 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b, bool empty) {
 template <class Cfg>
 __global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_per_sm)
     decode_sm80(const __grid_constant__ Params p) {
-  const Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
+  Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
+  load_q(b);  // on its way while the lengths are
+  b.slots = tile::read_key_slots(p, b.batch_idx);
   const SplitKeys keys = split_keys(b);
-  load_q(b);
 
   typename Traits<Cfg>::State state;
   typename Traits<Cfg>::Output acc_o;
