@@ -219,7 +219,11 @@ def _cells(reporter):
             cells.update(tuple(value.split("|")) for value in found)
             matrix = matrix or MATRIX in report.nodeid
     option = reporter.config.option
-    narrowed = option.keyword or getattr(option, "lf", False) or any("::" in arg for arg in reporter.config.args)
+    narrowed = (
+        option.keyword
+        or getattr(option, "lf", False)
+        or any("::" in arg for arg in reporter.config.args)
+    )
     return cells, matrix and not narrowed
 
 
