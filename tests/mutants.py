@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import mutant_build
 import mutant_run
 import mutant_sources
+import torch
 from mutant_cases import INSTANCES, MERGES_SPLITS, suite
 from mutant_sources import CUDA, KERNELS, ROOT
 
@@ -290,6 +291,7 @@ def parse(arguments):
 
 def main(arguments=None, cases=None, explained=EXPLAINED_SITES):
     started = time.monotonic()
+    torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork, its locks do
     options = parse(arguments)
     kernels = tuple(options.kernel or KERNELS)
     if options.changed:
