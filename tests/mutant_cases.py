@@ -136,6 +136,13 @@ def _padded_tokens(case):
     case.q, case.k, case.v = (_padded(x, 4) for x in (case.q, case.k, case.v))
 
 
+def _padded_heads(case):
+    """Heads lie 8 bytes off multiples of 16, tokens of two heads do not."""
+    for name in ("q", "k", "v"):
+        x = getattr(case, name)
+        setattr(case, name, x.new_empty(*x.shape[:3], x.shape[3] + 4)[..., :-4].copy_(x))
+
+
 def _visible_non_finite(case):
     case.v[0, 70, 0, 33] = NAN  # in an odd column, alone
     case.v[0, 71, :, 8] = INF
@@ -214,6 +221,7 @@ def attention_cases():
         attention("unaligned", (50, 6), (90, 2), 56, 40).edit(_unaligned).case(),
         attention("unaligned v", (20, 2), (90, 1)).edit(_unaligned_value).case(),
         attention("padded tokens", (20, 2), (90, 1)).edit(_padded_tokens).case(),
+        attention("padded heads", (20, 2), (90, 2)).edit(_padded_heads).case(),
         attention("visible", (70, 4), (150, 2), window=(50, 0)).edit(_visible_non_finite).case(),
         attention("hidden", (70, 4), (150, 2), causal=True, mask=torch.bool)
         .edit(_hidden_non_finite)
@@ -254,6 +262,7 @@ def decode_cases():
         decode("unaligned", (3, 6), (290, 2), 56, 40).edit(_unaligned).edit(_splits(1)).case(),
         decode("unaligned v", (1, 2), (290, 1)).edit(_unaligned_value).edit(_splits(1)).case(),
         decode("padded tokens", (2, 2), (290, 1)).edit(_padded_tokens).edit(_splits(1)).case(),
+        decode("padded heads", (2, 2), (290, 2)).edit(_padded_heads).edit(_splits(1)).case(),
         decode("negative scale", (2, 2), (90, 1), softmax_scale=-0.2).edit(_splits(1)).case(),
         decode("deep", (2, 2), (90, 1)).edit(_far_below_zero).edit(_splits(2)).case(),
         decode("more queries", (6, 1), (3, 1), causal=True).edit(_splits(1)).case(),
