@@ -38,7 +38,7 @@ inline Outputs prepare_merge(CombineParams& c, const Tensor& outs, const Tensor&
   check(outs.dim() == 5,
         "outs: expected 5 dimensions [num_states, batch, seqlen_q, num_heads_q, head_dim_v], got ",
         shape_text(outs));
-  check_last_stride("outs'", outs);
+  check_last_stride("outs", outs);
   c.num_states = outs.size(0);
   c.batch_size = outs.size(1);
   c.seqlen_q = outs.size(2);

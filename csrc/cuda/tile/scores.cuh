@@ -14,8 +14,6 @@
 
 namespace flashinfer_lite::tile {
 
-constexpr double kLog2E = 1.44269504088896340736;
-
 template <class View>
 __device__ __forceinline__ int64_t read_length(const View& view, int batch_idx, int64_t otherwise) {
   if (view.data == nullptr) return otherwise;

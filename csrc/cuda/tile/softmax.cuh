@@ -10,6 +10,7 @@ namespace flashinfer_lite::tile {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLog2E = 1.44269504088896340736;
 
 // A row's maximum over the quad that holds it; NaN is passed over, as fmaxf does.
 __device__ __forceinline__ float quad_max(float x) {

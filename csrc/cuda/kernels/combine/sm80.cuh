@@ -45,7 +45,7 @@ template <class Cfg>
 __global__ void __launch_bounds__(kThreads) combine_sm80(const __grid_constant__ Params p) {
   using Partial = typename Cfg::Partial;
   using Element = typename Cfg::Element;
-  constexpr float kLog2E = 1.44269504088896340736f;
+  constexpr auto kLog2E = static_cast<float>(tile::kLog2E);
   const int lane = arch::thread_idx() % 32;
   const int64_t index = int64_t{arch::block_idx()} * kWarps + arch::thread_idx() / 32;
   if (!arch::predicate(index < p.batch_size * p.seqlen_q * p.num_heads_q)) return;

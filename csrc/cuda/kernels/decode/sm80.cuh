@@ -1,11 +1,11 @@
 // Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023): few queries over a long KV cache, compute
-// capability 8.0 and up. Bound by memory: each byte of the cache is read once.
+// capability 8.0 and up. Bound by memory: 16 rows read each byte of the cache once.
 //
 //   out = softmax(softmax_scale q k^T + masks) v      lse = log sum exp of the row's scores
 //
-//   q [batch, seqlen_q, num_heads_q, head_dim]    k, v [batch, capacity, num_heads_kv,
-//   head_dim(_v)] out_partial [kv_splits, batch, seqlen_q, num_heads_q, head_dim_v] and
-//   lse_partial, float32
+//   q [batch, seqlen_q, num_heads_q, head_dim]
+//   k, v [batch, capacity, num_heads_kv, head_dim or head_dim_v]
+//   out_partial [kv_splits, batch, seqlen_q, num_heads_q, head_dim_v] and lse_partial, float32
 //
 // A thread block owns 16 rows (the queries of a group, packed) of one (batch, KV head) and one
 // split of its keys. The warps share Q and nothing else: each streams its own key blocks through a
