@@ -1,18 +1,37 @@
-"""python -m flashinfer_lite doctor"""
+"""python -m flashinfer_lite COMMAND: a list of commands, each in a module of its own.
+
+A module's `add_parser(commands)` adds its parser and sets two defaults on it: `run`, a function
+from the parsed arguments to the exit status, and `error`, the parser's own, with which `run`
+refuses an argument that only it can judge: `--name: expected ..., got ...`.
+"""
 
 import argparse
 import sys
 
-from flashinfer_lite._introspect import doctor
+from flashinfer_lite import _introspect
+
+COMMANDS = (_introspect,)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m flashinfer_lite")
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status, 2 for wrong arguments."""
+    parser = Parser(prog="python -m flashinfer_lite")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="versions, levels, and a self-test of the kernels")
-    parser.parse_args()
-    sys.exit(0 if doctor() else 1)
+    for module in COMMANDS:
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    return args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

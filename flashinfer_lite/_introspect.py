@@ -140,6 +140,12 @@ def _explain_cuda(name, q, k, v, splits, invariant):
     return Explanation(kernel, (block_m, block_n), kv_splits, rejected)
 
 
+def add_parser(commands):
+    """Add the command doctor."""
+    parser = commands.add_parser("doctor", help="versions, levels, and a self-test of the kernels")
+    parser.set_defaults(run=lambda args: 0 if doctor() else 1, error=parser.error)
+
+
 def doctor() -> bool:
     """Print versions, levels and the state of both halves, and check the kernels. True if sound."""
     from flashinfer_lite import __version__
