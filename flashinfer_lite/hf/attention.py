@@ -94,6 +94,41 @@ def attention_forward(
     Example:
         >>> model.set_attn_implementation("fi_lite")  # this function, with its mask function
     """
+    qkv, options = op_arguments(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        is_causal=is_causal,
+        position_bias=position_bias,
+        **kwargs,
+    )
+    decoding = query.shape[2] <= DECODE_MAX_SEQLEN_Q and not torch.is_grad_enabled()
+    op = flashinfer_lite.decode if decoding else flashinfer_lite.attention
+    return op(*qkv, **options), None
+
+
+def op_arguments(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    is_causal=None,
+    position_bias=None,
+    **kwargs,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict]:
+    """(q, k, v) and the options `flashinfer_lite.attention` is called with for these arguments of
+    `attention_forward`; calibration computes its scores from the same."""
     _check_kwargs(kwargs)
     if dropout:
         raise NotImplementedError(f"dropout: has not landed, expected 0, got {dropout}")
@@ -111,17 +146,8 @@ def attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
     if position_bias is not None:
         visible["mask"] = _add_bias(position_bias[..., :length], visible.get("mask"))
-    decoding = seqlen_q <= DECODE_MAX_SEQLEN_Q and not torch.is_grad_enabled()
-    op = flashinfer_lite.decode if decoding else flashinfer_lite.attention
-    out = op(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        softmax_scale=scaling,
-        softcap=softcap,
-        **visible,
-    )
-    return out, None
+    qkv = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return qkv, {"softmax_scale": scaling, "softcap": softcap, **visible}
 
 
 def _check_kwargs(kwargs: dict) -> None:
