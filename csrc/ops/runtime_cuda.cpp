@@ -81,13 +81,6 @@ bool wants_value_checks() {
   return wanted;
 }
 
-bool is_capturing(Stream stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  check(error == cudaSuccess, "cudaStreamIsCapturing: ", error_text(error));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 void check_length_values(const AttentionParams& p, const AttentionArgs& args) {
   const auto on_host = [](const std::optional<Tensor>& x) -> std::optional<Tensor> {
     if (!x) return {};
@@ -187,6 +180,13 @@ void check_combine(Status status, const CudaContext& context, const CombineParam
   check(status == cudaSuccess, "combine: launch failed: ", error_text(status), " (", p.num_states,
         " states of ", p.batch_size, " * ", p.seqlen_q, " * ", p.num_heads_q, " rows of ",
         p.head_dim_v, ")", launch_way_out(status, context));
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  check(error == cudaSuccess, "cudaStreamIsCapturing: ", error_text(error));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 void count_cuda_call() { calls.fetch_add(1, std::memory_order_relaxed); }

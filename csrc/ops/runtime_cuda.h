@@ -33,6 +33,18 @@ void check_launch(Status status, const CudaContext& context, const cuda::Instanc
                   int64_t blocks);
 void check_combine(Status status, const CudaContext& context, const CombineParams& p);
 
+// Whether what is launched on the stream goes into a CUDA graph.
+bool is_capturing(Stream stream);
+
+// `count` counters for arch::ticket, each 0 when the launch begins; the launch must leave them at
+// 0. Keep them until it is under way. Outside of a capture they are the stream's own, zeroed once
+// and for all; in a graph they are zeroed by each replay, which so may run beside whatever else.
+struct Tickets {
+  uint32_t* data = nullptr;
+  std::optional<Tensor> own;
+};
+Tickets cuda_tickets(const CudaContext& context, const Tensor& like, int64_t count);
+
 // Counts one call for cuda_stats().
 void count_cuda_call();
 

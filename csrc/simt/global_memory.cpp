@@ -64,6 +64,16 @@ void GlobalMemory::add_buffer(void* start, size_t bytes, std::string name, bool 
   by_start_[buffers_.back().start] = &buffers_.back();
 }
 
+void GlobalMemory::set_written(const void* start, size_t bytes) {
+  const Buffer* buffer = find(start, bytes);
+  if (buffer == nullptr || !buffer->writable) return;
+  const uint8_t* base = buffer->start - reinterpret_cast<uintptr_t>(buffer->start) % 4;
+  const size_t first = static_cast<size_t>(static_cast<const uint8_t*>(start) - base);
+  for (size_t at = first; at < first + bytes; ++at) {
+    buffer->shadow.get()[at / 4].valid |= static_cast<uint8_t>(1u << at % 4);
+  }
+}
+
 void GlobalMemory::check_overlap(const void* start, size_t bytes, const std::string& name) const {
   const uint8_t* p = static_cast<const uint8_t*>(start);
   for (const Buffer& buffer : buffers_) {

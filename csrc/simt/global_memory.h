@@ -83,6 +83,8 @@ class GlobalMemory {
   // `initialised`: a word may be read before a kernel has written it.
   void add_buffer(void* start, size_t bytes, std::string name, bool writable, bool initialised);
   bool empty() const { return buffers_.empty(); }
+  // The host wrote these bytes of a registered buffer, before the next launch.
+  void set_written(const void* start, size_t bytes);
   // The buffer that holds all of [p, p + bytes), or null.
   const Buffer* find(const void* p, size_t bytes) const;
   // The buffer closest to an address outside of all, or null if none is within `distance`.

@@ -137,10 +137,11 @@ class _Memory:
         self.buffers = []  # (address, nbytes, name, writable, initialised)
         self.guards = []
 
-    def guarded(self, name, nbytes, dtype, writable):
+    def guarded(self, name, nbytes, dtype, writable, initialised=None):
         guard = self.module.GuardedBuffer(max(nbytes, 1))
         self.guards.append(guard)
-        self.buffers.append((guard.address, nbytes, name, writable, not writable))
+        initialised = not writable if initialised is None else initialised
+        self.buffers.append((guard.address, nbytes, name, writable, initialised))
         return torch.frombuffer(guard, dtype=torch.uint8, count=nbytes).view(dtype)
 
     def output(self, name, shape, dtype):
@@ -149,6 +150,10 @@ class _Memory:
         if size == 0:
             return torch.empty(shape, dtype=dtype)
         return self.guarded(name, size * dtype.itemsize, dtype, True).view(shape)
+
+    def tickets(self, count):
+        """int32 counters at 0, as `cuda_tickets` of csrc/ops gives them to an op."""
+        return self.guarded("tickets", 4 * count, torch.int32, True, True).zero_()
 
     def copy_of(self, name, x):
         """The same strides and alignment, in memory that ends where x ends."""

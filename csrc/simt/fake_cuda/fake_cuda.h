@@ -4,8 +4,11 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "simt/guarded_buffer.h"
 
 namespace flashinfer_lite::simt {
 
@@ -24,6 +27,13 @@ struct FakeLaunch {
   int device;  // the current one, as opposed to that of the tensors
 };
 
+// What cudaMalloc gave; never freed.
+struct FakeMemory {
+  int device;
+  bool initialised;
+  std::shared_ptr<GuardedBuffer> memory;
+};
+
 struct FakeCuda {
   std::map<int, FakeDevice> devices;
   std::map<int, uintptr_t> streams;  // of each device the current one; default 0
@@ -33,9 +43,15 @@ struct FakeCuda {
   int driver_version = 13000;
   int runtime_version = 13000;
   int launch_error = 0;  // what every launch returns instead of running, unless 0
+  int malloc_error = 0;  // what cudaMalloc returns, unless 0
+  int last_error = 0;    // of cudaMalloc: what cudaGetLastError tells, once
+  std::vector<FakeMemory> allocations;
   std::vector<FakeLaunch> launches;
 };
 
 FakeCuda& fake_cuda();
+
+// Tells the current session of what cudaMalloc gave.
+void register_allocations();
 
 }  // namespace flashinfer_lite::simt

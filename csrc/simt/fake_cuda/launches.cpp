@@ -12,6 +12,7 @@ template <const Instance& row>
 Status launch_recorded(const void* params, Stream stream) {
   simt::FakeCuda& fake = simt::fake_cuda();
   fake.launches.push_back({row.name, reinterpret_cast<uintptr_t>(stream), fake.current_device});
+  simt::register_allocations();
   return fake.launch_error == 0 ? row.launch(params, stream) : fake.launch_error;
 }
 

@@ -6,8 +6,18 @@
 
 #include "simt/fake_cuda/fake_cuda.h"
 
+namespace py = pybind11;
+
+static py::list allocations(const flashinfer_lite::simt::FakeCuda& fake) {
+  py::list list;
+  for (const auto& each : fake.allocations) {
+    const char* data = reinterpret_cast<const char*>(each.memory->data());
+    list.append(py::make_tuple(each.device, py::bytes(data, each.memory->bytes())));
+  }
+  return list;
+}
+
 PYBIND11_MODULE(_C_cuda_simt, m) {
-  namespace py = pybind11;
   using flashinfer_lite::simt::FakeCuda;
   using flashinfer_lite::simt::FakeDevice;
   using flashinfer_lite::simt::FakeLaunch;
@@ -32,6 +42,9 @@ PYBIND11_MODULE(_C_cuda_simt, m) {
       .def_readwrite("driver_version", &FakeCuda::driver_version)
       .def_readwrite("runtime_version", &FakeCuda::runtime_version)
       .def_readwrite("launch_error", &FakeCuda::launch_error)
+      .def_readwrite("malloc_error", &FakeCuda::malloc_error)
+      .def_readonly("last_error", &FakeCuda::last_error)
+      .def_property_readonly("allocations", &allocations, "[(device, bytes as they are)]")
       .def_readwrite("launches", &FakeCuda::launches);
   m.attr("machine") =
       py::cast(&flashinfer_lite::simt::fake_cuda(), py::return_value_policy::reference);

@@ -1,8 +1,12 @@
 // The functions of the CUDA runtime, and those of torch that only a torch with CUDA has.
+#include <algorithm>
 #include <cstdio>
+#include <string>
+#include <utility>
 
 #include "simt/fake_cuda/cuda_runtime_api.h"
 #include "simt/fake_cuda/fake_cuda.h"
+#include "simt/session.h"
 
 namespace flashinfer_lite::simt {
 
@@ -11,7 +15,20 @@ FakeCuda& fake_cuda() {
   return fake;
 }
 
+void register_allocations() {
+  Session* session = current_session();
+  if (session == nullptr) return;
+  GlobalMemory& memory = session->memory();
+  for (const FakeMemory& each : fake_cuda().allocations) {
+    if (memory.find(each.memory->data(), 1) != nullptr) continue;
+    memory.add_buffer(each.memory->data(), each.memory->bytes(), "cudaMalloc's", true,
+                      each.initialised);
+  }
+}
+
 namespace {
+
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 const FakeDevice* find_device(int index) {
   const auto found = fake_cuda().devices.find(index);
@@ -23,7 +40,9 @@ const FakeDevice* find_device(int index) {
 
 using flashinfer_lite::simt::fake_cuda;
 using flashinfer_lite::simt::FakeDevice;
+using flashinfer_lite::simt::FakeMemory;
 using flashinfer_lite::simt::find_device;
+using flashinfer_lite::simt::GuardedBuffer;
 
 extern "C" {
 
@@ -68,6 +87,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     case cudaErrorNoKernelImageForDevice:
       return "no kernel image is available for execution on the device";
   }
@@ -78,6 +99,45 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   const bool is = reinterpret_cast<uintptr_t>(stream) == fake_cuda().capturing;
   *status = is ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, flashinfer_lite::simt::capture_mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
+  return cudaSuccess;
+}
+
+// As on a GPU, a capture of any stream forbids this, unless the mode is relaxed.
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  auto& fake = fake_cuda();
+  const bool captures = fake.capturing != ~uintptr_t{0};
+  fake.last_error = fake.malloc_error;
+  if (captures && flashinfer_lite::simt::capture_mode != cudaStreamCaptureModeRelaxed) {
+    fake.last_error = cudaErrorStreamCaptureUnsupported;
+  }
+  if (fake.last_error != 0) return static_cast<cudaError_t>(fake.last_error);
+  fake.allocations.push_back({fake.current_device, false, std::make_shared<GuardedBuffer>(bytes)});
+  *data = fake.allocations.back().memory->data();
+  return cudaSuccess;
+}
+
+// At once: what is launched on the stream is, too.
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t /*stream*/) {
+  for (FakeMemory& each : fake_cuda().allocations) {
+    each.initialised = each.initialised || each.memory->data() == data;
+  }
+  auto* session = flashinfer_lite::simt::current_session();
+  if (session != nullptr) session->memory().set_written(data, bytes);
+  std::fill_n(static_cast<uint8_t*>(data), bytes, static_cast<uint8_t>(value));
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+  return static_cast<cudaError_t>(std::exchange(fake_cuda().last_error, 0));
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
