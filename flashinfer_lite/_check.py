@@ -12,11 +12,8 @@ CUDA_DTYPES = ELEMENT_DTYPES[1:]
 MAX_HEAD_DIM = 256
 
 
-def not_landed(softmax="auto", dropout_p=0.0, **arguments):
+def not_landed(dropout_p=0.0, **arguments):
     """Refuse arguments that exist in the signature but have no kernel yet."""
-    choice("softmax", softmax, ("auto", "online", "unified"))
-    if softmax == "unified":
-        arguments["softmax"] = softmax
     if dropout_p != 0:
         arguments["dropout_p"] = dropout_p
     for name, value in arguments.items():
@@ -100,6 +97,28 @@ def scores(q, causal, window, softmax_scale, softcap):
     elif not (number("softcap", softcap) > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap!r}")
     return float(softmax_scale), float(softcap), CAUSAL[causal], window[0], window[1]
+
+
+def unified(softmax, phi, q):
+    """(phi, phi_heads) as the ops take them; both None for the online softmax."""
+    choice("softmax", softmax, ("auto", "online", "unified"))
+    if phi is None:
+        return (0.0 if softmax == "unified" else None), None
+    if softmax == "online":
+        raise ValueError("phi: expected None with softmax='online', got one")
+    if not torch.is_tensor(phi):
+        if not math.isfinite(number("phi", phi)):
+            raise ValueError(f"phi: expected a finite number, got {phi!r}")
+        return float(phi), None
+    if phi.dtype != torch.float32:
+        raise TypeError(f"phi: expected dtype float32, got {phi.dtype}")
+    if phi.shape != q.shape[2:3]:
+        raise ValueError(
+            f"phi: expected a number or shape [{q.shape[2]}] (num_heads_q), got {list(phi.shape)}"
+        )
+    if phi.device != q.device:
+        raise ValueError(f"phi: expected q's device {q.device}, got {phi.device}")
+    return None, phi.detach().contiguous()
 
 
 def number(name, x):

@@ -13,11 +13,9 @@ from flashinfer_lite.attention import attention, prepare
 from flashinfer_lite.decode import check_decode, decode
 
 NOT_LANDED = (
-    "softmax",
     "dropout_p",
     "alibi_slopes",
     "sink",
-    "phi",
     "block_table",
     "process_group",
 )
@@ -91,6 +89,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
     prepare(q, k, v, *(given[n] for n in common), names)
+    _check.unified(given["softmax"], given["phi"], q)
     _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
     splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
     if name == "decode":

@@ -15,16 +15,19 @@ NOT_BUILT = (
 )
 
 # Schemas. causal: 0 none, 1 bottom_right, 2 top_left. softcap 0 is off. A window of -1 is open.
+# phi or phi_heads (never both) is the unified maximum; neither is the online softmax.
 _INPUTS = "Tensor? mask, Tensor? kv_start, Tensor? seqlens_kv"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
+_PHI = "float? phi=None, Tensor? phi_heads=None"
 SCHEMAS = {
-    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}) -> (Tensor, Tensor)",
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}) "
+    "-> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
-    "bool batch_invariant) -> (Tensor, Tensor)",
+    f"bool batch_invariant, {_PHI}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
-    "int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PHI}) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "plan": "(Tensor q, Tensor k, Tensor v, str kernel, int longest, int kv_splits, "
     "bool batch_invariant) -> Tensor",
@@ -122,6 +125,10 @@ def _one_device(*tensors):
         raise RuntimeError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
 
 
+def _tensors(arguments):
+    return [x for x in arguments if torch.is_tensor(x)]
+
+
 def _fake_attention(q, v, *others):
     _one_device(q, v, *others)
     batch_size, seqlen_q, num_heads_q, _ = q.shape
@@ -131,18 +138,18 @@ def _fake_attention(q, v, *others):
 
 
 @torch.library.register_fake("flashinfer_lite::attention_fwd")
-def _(q, k, v, mask, kv_start, seqlens_kv, *scalars):
-    return _fake_attention(q, v, k, mask, kv_start, seqlens_kv)
+def _(q, k, v, mask, kv_start, seqlens_kv, *rest):
+    return _fake_attention(q, v, k, mask, kv_start, seqlens_kv, *_tensors(rest))
 
 
 @torch.library.register_fake("flashinfer_lite::decode")
-def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *scalars):
-    return _fake_attention(q, v_cache, k_cache, mask, kv_start, seqlens_kv)
+def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
+    return _fake_attention(q, v_cache, k_cache, mask, kv_start, seqlens_kv, *_tensors(rest))
 
 
 @torch.library.register_fake("flashinfer_lite::decode.out")
 def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
-    _one_device(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest[-2:])
+    _one_device(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *_tensors(rest))
 
 
 @torch.library.register_fake("flashinfer_lite::plan")
@@ -165,7 +172,8 @@ def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs
+    # lse is true whatever the softmax stood on: the backward does not see phi.
+    q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs[:11]
     ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, *output)
     ctx.scalars = scalars
     ctx.set_materialize_grads(False)
@@ -173,7 +181,7 @@ def _save_attention(ctx, inputs, output):
 
 def _attention_backward(ctx, dout, dlse):
     q, k, v, mask, kv_start, seqlens_kv, out, lse = ctx.saved_tensors
-    none = [None] * 8
+    none = [None] * 10  # of the inputs from mask on
     if dout is None and dlse is None:
         return None, None, None, *none
     if dout is None:

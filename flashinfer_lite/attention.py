@@ -56,7 +56,15 @@ def attention(
         impl: "auto", "cpu", "sm80" (CUDA, compute capability 8.0 or higher), or "reference" (the
             eager oracle, on any device). Never falls back.
         return_lse: also return lse.
-        alibi_slopes, sink, dropout_p, softmax="unified", phi: not implemented yet, refused.
+        softmax: "online" moves the base of its exponentials with each row's maximum. "unified"
+            (FlashDecoding++, arXiv 2311.01282) takes exp(S - phi) instead, without looking at the
+            maximum on the way, and computes again, by the online softmax, each row for which that
+            was not safe: docs/flashdecoding_pp.md. "auto" is "unified" if phi is given.
+        phi: a number, or float32 [num_heads_q]: about the row maxima of S, within 30 of them (for
+            float16 up to 10 below). `flashinfer_lite.calibrate` measures it; None with "unified" is
+            0. It decides how many rows are computed twice, `stats()` counts them, never what comes
+            out beyond rounding: a row computed again is bit for bit what "online" gives.
+        alibi_slopes, sink, dropout_p: not implemented yet, refused.
 
     Returns:
         out [batch, seqlen_q, num_heads_q, head_dim_v], or (out, lse) with lse [batch, num_heads_q,
@@ -86,12 +94,13 @@ def attention(
     """
     q, k, v = _check.under_autocast(q, k, v)
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
-    _check.not_landed(softmax, dropout_p, alibi_slopes=alibi_slopes, sink=sink, phi=phi)
+    phi = _check.unified(softmax, phi, q)
+    _check.not_landed(dropout_p, alibi_slopes=alibi_slopes, sink=sink)
     if _check.impl(impl, q):
         out, lse = run_reference(arguments)
     else:
         _check.no_cuda_backward(*arguments[:4])
-        out, lse = _ops.attention_fwd(*arguments)
+        out, lse = _ops.attention_fwd(*arguments, *phi)
     return (out, lse) if return_lse else out
 
 

@@ -50,8 +50,9 @@ def decode(
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
             neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
         block_table, process_group: not implemented yet, refused.
-        causal, window, softmax_scale, softcap, mask, impl, return_lse, and the rest: as in
-            `attention`. causal matters when seqlen_q > 1.
+        causal, window, softmax_scale, softcap, mask, softmax, phi, impl, return_lse, and the rest:
+            as in `attention`. causal matters when seqlen_q > 1. With softmax="unified" partial
+            states are merged by plain sums, and the guard is asked once per row, after all splits.
 
     Returns:
         out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
@@ -83,25 +84,24 @@ def decode(
         seqlens_kv,
         ("q", "k_cache", "v_cache"),
     )
+    phi = _check.unified(softmax, phi, q)
     _check.not_landed(
-        softmax,
         dropout_p,
         block_table=block_table,
         process_group=process_group,
         alibi_slopes=alibi_slopes,
         sink=sink,
-        phi=phi,
     )
     check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out)
     if _check.impl(impl, q):
         result, lse = run_reference(arguments)
         result = result if out is None else out.copy_(result)
     elif out is None:
-        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant)
+        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi)
     else:
         result = out
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
-        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse)
+        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi)
     return (result, lse) if return_lse else result
 
 

@@ -5,6 +5,7 @@ UBSan with `make asan`.
 """
 
 import itertools
+import math
 import random
 
 import pytest
@@ -22,6 +23,7 @@ SCALARS = {
     "window_left": -1,
     "window_right": -1,
 }
+PHI = {"phi": None, "phi_heads": None}  # with defaults in the schemas
 HUGE = [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -2, -(2**31), -(2**63)]
 
 assert flashinfer_lite.built
@@ -34,7 +36,7 @@ def base(op, device):
     lse = torch.randn(2, 4, 3, device=device)
     optional = {"mask": None, "kv_start": None, "seqlens_kv": None}
     if op == "attention_fwd":
-        return {"q": q, "k": k, "v": v, **optional, **SCALARS}
+        return {"q": q, "k": k, "v": v, **optional, **SCALARS, **PHI}
     if op == "attention_bwd":
         first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
         return {**first, "out": out, "lse": lse, **optional, **SCALARS, "wants_dmask": False}
@@ -42,7 +44,7 @@ def base(op, device):
         return {"outs": torch.randn(3, 2, 3, 4, 24, device=device), "lses": torch.stack([lse] * 3)}
     call = {"q": q, "k_cache": k, "v_cache": v, **optional, **SCALARS}
     call |= {"kv_splits": 0, "batch_invariant": False}
-    return {**call, "out": out, "lse": lse} if op == "decode.out" else call
+    return {**call, "out": out, "lse": lse, **PHI} if op == "decode.out" else {**call, **PHI}
 
 
 def run(op, arguments):
@@ -266,6 +268,44 @@ def test_sizes_too_large_to_allocate(device, isa):
             OPS.attention_fwd(many, kv, kv, None, None, None, *SCALARS.values())
 
 
+HOSTILE_PHI = [
+    {"phi": math.nan},
+    {"phi": -math.inf},
+    {"phi": 0.0, "phi_heads": torch.zeros(4)},
+    {"phi_heads": torch.zeros(3)},
+    {"phi_heads": torch.zeros(4, 1)},
+    {"phi_heads": torch.zeros(())},
+    {"phi_heads": torch.zeros(4, dtype=torch.float64)},
+    {"phi_heads": torch.zeros(4, dtype=torch.int32)},
+    {"phi_heads": torch.zeros(1).expand(4)},
+    {"phi_heads": torch.zeros(8)[::2]},
+    {"phi_heads": torch.zeros(4, device="meta")},
+]
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "decode", "decode.out"])
+@pytest.mark.parametrize("phi", HOSTILE_PHI, ids=str)
+def test_phi(device, op, phi):
+    phi = {
+        n: x.to(device) if torch.is_tensor(x) and x.device.type == "cpu" else x
+        for n, x in phi.items()
+    }
+    with pytest.raises(ERRORS, match="phi|device"):
+        run(op, base(op, device) | phi)
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "decode", "decode.out"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+def test_phi_of_any_value_changes_nothing(device, op, value):
+    """A head whose phi is no help is computed by the online softmax."""
+    arguments = base(op, device)
+    wanted = run(op, arguments) or (arguments["out"].clone(), arguments["lse"].clone())
+    again = arguments | {"phi_heads": torch.full((4,), value, device=device)}
+    got = run(op, again) or (again["out"], again["lse"])
+    for x, y in zip(got, wanted, strict=True):
+        assert_same_bits(x, y, "out, lse")
+
+
 @all_ops
 def test_wrong_number_of_arguments(device, op):
     name, _, overload = op.partition(".")
@@ -275,7 +315,7 @@ def test_wrong_number_of_arguments(device, op):
         function()
     with pytest.raises(ERRORS):
         function(*arguments.values(), 1)
-    for name in arguments:
+    for name in arguments.keys() - PHI.keys():
         with pytest.raises(ERRORS):
             function(**{n: x for n, x in arguments.items() if n != name})
         with pytest.raises(ERRORS):

@@ -15,7 +15,10 @@ OPS = {
     "attention_fwd": ("Tensor q, Tensor k, Tensor v", True),
     "attention_bwd": ("Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v", True),
     "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
-    "decode.out": ("Tensor(a!) out, Tensor(b!) lse) -> ()", False),
+    "decode.out": (
+        "Tensor(a!) out, Tensor(b!) lse, float? phi=None, Tensor? phi_heads=None) -> ()",
+        False,
+    ),
     "merge_states": ("Tensor outs, Tensor lses", True),
     "plan": ("Tensor q, Tensor k, Tensor v, str kernel", False),
     "cpu_isa": ("", False),
@@ -34,6 +37,7 @@ CPP_TYPES = {
     "bool": "bool",
     "str": "std::string",
     "Optional[Tensor]": "std::optional<Tensor>",
+    "Optional[float]": "std::optional<double>",
     "Optional[str]": "std::optional<std::string>",
 }
 SCALARS = (0.25, 0.0, 1, -1, -1)
@@ -85,7 +89,10 @@ def native_signatures():
     found = {}
     for path in NATIVE.glob("*.cpp"):
         text = re.sub(r"/\*|\*/", "", path.read_text())  # unused parameters: const Tensor& /*out*/
-        key = re.search(r"STABLE_TORCH_LIBRARY_IMPL\(flashinfer_lite, (\w+), m\)", text)[1]
+        registration = re.search(r"STABLE_TORCH_LIBRARY_IMPL\(flashinfer_lite, (\w+), m\)", text)
+        if registration is None:  # what several ops share
+            continue
+        key = registration[1]
         for op, function in re.findall(r'm\.impl\("([\w.]+)", FIL_BOX\([\w:]*::(\w+)\)\)', text):
             head = re.search(rf"^([\w:<>, ]+) {function}\(([^)]*)\) {{", text, re.MULTILINE)
             declared = re.sub(r"const |&", "", head[2]).split(",") if head[2] else []

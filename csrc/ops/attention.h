@@ -28,6 +28,12 @@ struct AttentionArgs {
   int64_t window_right;
 };
 
+// The unified maximum of the softmax; neither is the online softmax.
+struct PhiArgs {
+  const std::optional<double>& phi;
+  const std::optional<Tensor>& phi_heads;
+};
+
 template <class Pointer>
 void set_strided(Strided<Pointer>& view, const Tensor& x) {
   view.data = x.data_ptr();
@@ -126,6 +132,22 @@ inline void set_scores(AttentionParams& p, const AttentionArgs& a) {
   const int64_t widest = p.seqlen_q + p.seqlen_kv;
   p.window_left = std::min(a.window_left, widest);
   p.window_right = causal == Causal::kNone ? std::min(a.window_right, widest) : 0;
+}
+
+inline void set_softmax(AttentionFwdParams& p, const PhiArgs& a, const Tensor& q) {
+  p.unified = a.phi || a.phi_heads;
+  check(!a.phi || !a.phi_heads, "phi: expected none together with phi_heads, got ",
+        a.phi.value_or(0));
+  if (a.phi) {
+    check(std::isfinite(*a.phi), "phi: expected a finite number, got ", *a.phi);
+    p.phi = *a.phi;
+  }
+  if (!a.phi_heads) return;
+  check_device("phi_heads", *a.phi_heads, "q's", q);
+  check_dtype("phi_heads", *a.phi_heads, ScalarType::Float);
+  check_shape("phi_heads", *a.phi_heads, {p.num_heads_q});
+  check_last_stride("phi_heads", *a.phi_heads);
+  p.phi_heads = static_cast<const float*>(a.phi_heads->data_ptr());
 }
 
 // What shows on a tensor of lengths without reading it.

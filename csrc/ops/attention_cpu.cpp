@@ -3,17 +3,17 @@
 
 #include "common/heuristics.h"
 #include "ops/attention.h"
+#include "ops/forward_cpu.h"
 #include "ops/runtime_cpu.h"
 
 namespace flashinfer_lite {
 namespace {
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                         const std::optional<Tensor>& mask,
-                                         const std::optional<Tensor>& kv_start,
-                                         const std::optional<Tensor>& seqlens_kv,
-                                         double softmax_scale, double softcap, int64_t causal,
-                                         int64_t window_left, int64_t window_right) {
+std::tuple<Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
+    double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
+    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads) {
   const AttentionArgs args{
       q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
       softcap, causal, window_left, window_right};
@@ -21,6 +21,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_softmax(p, {phi, phi_heads}, q);
   const cpu::Kernels& kernels = cpu_kernels(q.scalar_type());
   Outputs outputs = new_outputs(q, p);
   set_outputs(p, outputs);
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
     p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
                                           torch::stable::get_num_threads());
-    run_tasks(kernels.attention_fwd, p, forward_work(p));
+    run_forward(q, kernels, p);
   }
   return {outputs.out, outputs.lse};
 }

@@ -6,15 +6,16 @@
 namespace flashinfer_lite {
 namespace {
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                         const std::optional<Tensor>& mask,
-                                         const std::optional<Tensor>& kv_start,
-                                         const std::optional<Tensor>& seqlens_kv,
-                                         double softmax_scale, double softcap, int64_t causal,
-                                         int64_t window_left, int64_t window_right) {
+std::tuple<Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
+    double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
+    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads) {
   CudaAttentionParams p;
   set_cuda_params(p, {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal,
                       window_left, window_right});
+  set_softmax(p, {phi, phi_heads}, q);
+  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs = new_outputs(q, p);
   set_outputs(p, outputs);
   count_cuda_call();

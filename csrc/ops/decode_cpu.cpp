@@ -3,6 +3,7 @@
 
 #include "common/heuristics.h"
 #include "ops/decode.h"
+#include "ops/forward_cpu.h"
 #include "ops/runtime_cpu.h"
 
 namespace flashinfer_lite {
@@ -47,8 +48,7 @@ int64_t longest_sequence(const AttentionParams& p) {
 
 void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant,
                  const Outputs& outputs, AttentionFwdParams& p) {
-  const ScalarType type = args.q.scalar_type(), accumulator = accumulator_type(type);
-  const cpu::Kernels& kernels = cpu_kernels(type);
+  const cpu::Kernels& kernels = cpu_kernels(args.q.scalar_type());
   check_kv_splits(kv_splits);
   set_outputs(p, outputs);
   count_call();
@@ -56,35 +56,7 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(args.q.element_size()));
   choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
-  if (p.kv_splits == 1) {
-    run_tasks(kernels.attention_fwd, p, forward_work(p));
-    return;
-  }
-  Tensor out_partial = torch::stable::new_empty(
-      args.q, {p.kv_splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, accumulator);
-  Tensor lse_partial = torch::stable::new_empty(
-      args.q, {p.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q}, accumulator);
-  p.out_partial = out_partial.data_ptr();
-  p.lse_partial = lse_partial.data_ptr();
-  run_tasks(kernels.attention_fwd, p, forward_work(p));
-
-  CombineParams c;
-  c.num_states = p.kv_splits;
-  c.batch_size = p.batch_size;
-  c.seqlen_q = p.seqlen_q;
-  c.num_heads_q = p.num_heads_q;
-  c.head_dim_v = p.head_dim_v;
-  c.out_partial = {p.out_partial, out_partial.stride(1), out_partial.stride(2),
-                   out_partial.stride(3)};
-  c.out_partial_state = out_partial.stride(0);
-  c.lse_partial = p.lse_partial;
-  c.lse_partial_state = lse_partial.stride(0);
-  c.lse_partial_batch = lse_partial.stride(1);
-  c.lse_partial_head = lse_partial.stride(2);
-  c.lse_partial_seqlen = lse_partial.stride(3);
-  c.out = p.out;
-  c.lse = p.lse;
-  run_tasks(kernels.combine, c, double(out_partial.numel()), 16);
+  run_forward(args.q, kernels, p);
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -92,7 +64,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   const std::optional<Tensor>& kv_start,
                                   const std::optional<Tensor>& seqlens_kv, double softmax_scale,
                                   double softcap, int64_t causal, int64_t window_left,
-                                  int64_t window_right, int64_t kv_splits, bool batch_invariant) {
+                                  int64_t window_right, int64_t kv_splits, bool batch_invariant,
+                                  const std::optional<double>& phi,
+                                  const std::optional<Tensor>& phi_heads) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
@@ -100,6 +74,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_softmax(p, {phi, phi_heads}, q);
   const Outputs outputs = new_outputs(q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);
   return {outputs.out, outputs.lse};
@@ -109,7 +84,8 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& mask, const std::optional<Tensor>& kv_start,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
-                bool batch_invariant, Tensor out, Tensor lse) {
+                bool batch_invariant, Tensor out, Tensor lse, const std::optional<double>& phi,
+                const std::optional<Tensor>& phi_heads) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
@@ -117,6 +93,7 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_softmax(p, {phi, phi_heads}, q);
   const Outputs outputs{out, lse};
   check_outputs(outputs, q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);

@@ -42,12 +42,16 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   const std::optional<Tensor>& kv_start,
                                   const std::optional<Tensor>& seqlens_kv, double softmax_scale,
                                   double softcap, int64_t causal, int64_t window_left,
-                                  int64_t window_right, int64_t kv_splits, bool batch_invariant) {
+                                  int64_t window_right, int64_t kv_splits, bool batch_invariant,
+                                  const std::optional<double>& phi,
+                                  const std::optional<Tensor>& phi_heads) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
   CudaAttentionParams p;
   set_cuda_params(p, args);
+  set_softmax(p, {phi, phi_heads}, q);
+  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs = new_outputs(q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);
   return {outputs.out, outputs.lse};
@@ -57,12 +61,15 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& mask, const std::optional<Tensor>& kv_start,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
-                bool batch_invariant, Tensor out, Tensor lse) {
+                bool batch_invariant, Tensor out, Tensor lse, const std::optional<double>& phi,
+                const std::optional<Tensor>& phi_heads) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
                            causal,   window_left, window_right};
   CudaAttentionParams p;
   set_cuda_params(p, args);
+  set_softmax(p, {phi, phi_heads}, q);
+  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs{out, lse};
   check_outputs(outputs, q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);

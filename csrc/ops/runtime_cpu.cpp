@@ -33,7 +33,7 @@ int default_level() {
 }
 
 std::atomic<int> level_in_force{-1};
-std::atomic<int64_t> calls{0};
+std::atomic<int64_t> calls{0}, rows_checked{0}, rows_recomputed{0};
 
 int current_level() {
   int level = level_in_force.load(std::memory_order_relaxed);
@@ -52,13 +52,13 @@ std::string cpu_isa(std::optional<std::string> name) {
 
 std::string cpu_isas() { return levels_present(); }
 
-// stats(reset) -> int64 [calls, rows_checked, rows_recomputed]. The last two belong to the
-// unified-max softmax, which has no kernel yet.
+// stats(reset) -> int64 [calls, rows_checked, rows_recomputed].
 Tensor stats(bool reset) {
   Tensor out = torch::stable::empty({3}, ScalarType::Long);
   int64_t* values = static_cast<int64_t*>(out.data_ptr());
-  values[0] = reset ? calls.exchange(0) : calls.load();
-  values[1] = values[2] = 0;
+  for (std::atomic<int64_t>* counter : {&calls, &rows_checked, &rows_recomputed}) {
+    *values++ = reset ? counter->exchange(0) : counter->load();
+  }
   return out;
 }
 
@@ -81,6 +81,11 @@ const cpu::Kernels& cpu_kernels(ScalarType element) {
 }
 
 void count_call() { calls.fetch_add(1, std::memory_order_relaxed); }
+
+void count_rows(int64_t checked, int64_t recomputed) {
+  rows_checked.fetch_add(checked, std::memory_order_relaxed);
+  rows_recomputed.fetch_add(recomputed, std::memory_order_relaxed);
+}
 
 }  // namespace flashinfer_lite
 

@@ -15,8 +15,9 @@ namespace flashinfer_lite {
 // level that this machine does not have.
 const cpu::Kernels& cpu_kernels(ScalarType element);
 
-// Counts one call for stats().
+// Count for stats(): one call; rows that a unified maximum was checked for, and recomputed.
 void count_call();
+void count_rows(int64_t checked, int64_t recomputed);
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/heuristics.h"
+#include "common/unified.h"
 #include "common/visible.h"
 
 namespace flashinfer_lite {
@@ -76,7 +77,8 @@ struct AttentionParams {
 
 // Forward, and decode with kv_splits > 1. lse has the accumulator's type and is contiguous
 // [batch, num_heads_q, seqlen_q]; with splits, out and lse go to the partials instead, which add a
-// leading split dimension and hold normalised states for combine.
+// leading split dimension and hold normalised states for combine. With a unified maximum they hold
+// sums instead: numerators, denominators, and row maxima in row_max_partial.
 struct AttentionFwdParams : AttentionParams {
   Strided<void*> out;
   void* lse = nullptr;
@@ -85,6 +87,21 @@ struct AttentionFwdParams : AttentionParams {
   int64_t keys_per_split = 0;   // counted from the first visible slot of each sequence
   void* out_partial = nullptr;  // [kv_splits, batch, seqlen_q, num_heads_q, head_dim_v]
   void* lse_partial = nullptr;  // [kv_splits, batch, num_heads_q, seqlen_q]
+
+  // Softmax with a unified maximum: exp(score - phi) in place of exp(score - row_max).
+  bool unified = false;
+  double phi = 0.0;                  // of every head, in natural units, unless there is
+  const float* phi_heads = nullptr;  // [num_heads_q]
+  void* row_max_partial = nullptr;   // like lse_partial, in units of log2
+
+  // On the CPU, both [batch, num_heads_q, seqlen_q]: what became of each row of a unified pass, and
+  // the rows that an online pass is for, those marked kViolated; null for all.
+  RowVerdict* verdict = nullptr;
+  const RowVerdict* only = nullptr;
+
+  int64_t row_index(int64_t batch_idx, int64_t head, int64_t query) const {
+    return (batch_idx * num_heads_q + head) * seqlen_q + query;
+  }
 };
 
 // How the backward is cut into tasks. Fused computes everything in five products per tile, one task
@@ -123,7 +140,8 @@ struct CombineParams {
   int64_t lse_partial_state = 0, lse_partial_batch = 0, lse_partial_head = 0,
           lse_partial_seqlen = 0;
   Strided<void*> out;
-  void* lse = nullptr;  // [batch, num_heads_q, seqlen_q]
+  void* lse = nullptr;               // [batch, num_heads_q, seqlen_q]
+  const RowVerdict* only = nullptr;  // on the CPU, as in AttentionFwdParams
 };
 
 }  // namespace flashinfer_lite

@@ -18,6 +18,7 @@
 
 #include "cpu/isa/tile_gemm.h"
 #include "cpu/kernels/score.h"
+#include "cpu/kernels/unified.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
@@ -36,6 +37,7 @@ struct ForwardScratch {
     acc_o = arena.take<Acc>(all_rows * o_row);
     row_max = arena.take<Acc>(all_rows);
     row_sum = arena.take<Acc>(all_rows);
+    phi = arena.take<Acc>(all_rows);
     rows = arena.take<Row>(all_rows);
     s = arena.take<Acc>(block_m * s_row);
     bias = arena.take<Acc>(s_row);
@@ -54,15 +56,18 @@ struct ForwardScratch {
     t.acc_o += first * o_row;
     t.row_max += first;
     t.row_sum += first;
+    t.phi += first;
     t.rows += first;
     return t;
   }
 
   Arena arena;
   CpuForwardPlan plan;
-  int64_t q_row, s_row, o_row;         // strides
-  Acc *q, *acc_o, *row_max, *row_sum;  // per KV head of the task
-  Row* rows;                           // likewise
+  int64_t q_row, s_row, o_row;  // strides
+  // Per KV head of the task. With a unified maximum, phi in units of log2 is the base of P and
+  // row_max the largest score; otherwise row_max is the base.
+  Acc *q, *acc_o, *row_max, *row_sum, *phi;
+  Row* rows;  // likewise
   Acc *s, *bias;
   Acc *k_panels = nullptr, *v_panels = nullptr, *staging = nullptr;
 };
@@ -169,7 +174,7 @@ FIL_INLINE Fetch<Element> fetch_of(const AttentionParams& p, int64_t batch, int6
 }
 
 template <class Element, class Acc = Accumulator<Element>>
-void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyBlock keys,
+void attend_block(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, KeyBlock keys,
                   const Fetch<Element>& fetch, int64_t rows, const ForwardScratch<Element>& t) {
   const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
   const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
@@ -189,8 +194,12 @@ void attend_block(const AttentionParams& p, int64_t batch, int64_t head_kv, KeyB
   for (int64_t r = 0; r < rows; ++r) {
     hides |= finish_scores<Acc>(p, batch, t.rows[r], keys, t.s + r * t.s_row, t.bias,
                                 mask_is_shared && r > 0, nullptr);
-    softmax_step(t.s + r * t.s_row, padded, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row,
-                 t.o_row);
+    Acc* s = t.s + r * t.s_row;
+    if (p.unified) {
+      unified_step(s, padded, t.phi[r], t.row_max[r], t.row_sum[r]);
+    } else {
+      softmax_step(s, padded, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row, t.o_row);
+    }
   }
 
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
@@ -220,7 +229,7 @@ FIL_INLINE void store_row(const Acc* acc_o, Acc row_max, Acc row_sum, int64_t he
 
 // The row state of one KV head before the first key.
 template <class Element, class Acc = Accumulator<Element>>
-void start_rows(const AttentionParams& p, int64_t batch, int64_t rows,
+void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
                 const ForwardScratch<Element>& t) {
   for (int64_t r = 0; r < rows; ++r) {
     const Element* q = element_of<Element>(p.q, batch, t.rows[r].query, t.rows[r].head);
@@ -229,8 +238,41 @@ void start_rows(const AttentionParams& p, int64_t batch, int64_t rows,
     }
     t.row_max[r] = Acc(-__builtin_inf());
     t.row_sum[r] = 0;
+    t.phi[r] = phi_log2<Acc>(p, t.rows[r].head);
     for (int64_t c = 0; c < t.o_row; ++c) t.acc_o[r * t.o_row + c] = 0;
   }
+}
+
+// Row r of one split: a normalised state, or with a unified maximum sums.
+template <class Element, class Acc = Accumulator<Element>>
+void store_partial(const AttentionFwdParams& p, int64_t batch, int64_t split, int64_t r,
+                   const ForwardScratch<Element>& t) {
+  const auto [query, head, visible] = t.rows[r];
+  const Acc* acc_o = t.acc_o + r * t.o_row;
+  const int64_t out_at =
+      ((split * p.batch_size + batch) * p.seqlen_q + query) * p.num_heads_q + head;
+  const int64_t rows = p.batch_size * p.num_heads_q * p.seqlen_q;
+  const int64_t row_at = split * rows + p.row_index(batch, head, query);
+  Acc* out = static_cast<Acc*>(p.out_partial) + out_at * p.head_dim_v;
+  Acc* lse = static_cast<Acc*>(p.lse_partial) + row_at;
+  if (!p.unified) {
+    store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v, out, lse);
+    return;
+  }
+  for (int64_t c = 0; c < p.head_dim_v; ++c) out[c] = acc_o[c];
+  *lse = t.row_sum[r];
+  static_cast<Acc*>(p.row_max_partial)[row_at] = t.row_max[r];
+}
+
+// Whether the pass is for some of the task's rows.
+template <class Element>
+bool wants_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
+                const ForwardScratch<Element>& t) {
+  bool any = p.only == nullptr;
+  for (int64_t r = 0; !any && r < rows; ++r) {
+    any = p.only[p.row_index(batch, t.rows[r].head, t.rows[r].query)] == RowVerdict::kViolated;
+  }
+  return any;
 }
 
 // out and lse of one KV head's rows: the final ones, or this split's partial ones.
@@ -240,18 +282,17 @@ void finish_rows(const AttentionFwdParams& p, int64_t batch, int64_t split, int6
   for (int64_t r = 0; r < rows; ++r) {
     const auto [query, head, visible] = t.rows[r];
     const Acc* acc_o = t.acc_o + r * t.o_row;
-    const int64_t lse_at = (batch * p.num_heads_q + head) * p.seqlen_q + query;
-    if (p.kv_splits == 1) {
+    const int64_t row_at = p.row_index(batch, head, query);
+    if (p.only && p.only[row_at] != RowVerdict::kViolated) continue;
+    if (p.kv_splits > 1) {
+      store_partial<Element>(p, batch, split, r, t);
+    } else if (p.unified) {
+      const UnifiedRow<Acc> row{acc_o, t.row_max[r], t.row_sum[r], t.phi[r]};
+      store_unified<Element>(p, batch, t.rows[r], row);
+    } else {
       store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
-                element_of<Element>(p.out, batch, query, head), static_cast<Acc*>(p.lse) + lse_at);
-      continue;
+                element_of<Element>(p.out, batch, query, head), static_cast<Acc*>(p.lse) + row_at);
     }
-    const int64_t row_at =
-        ((split * p.batch_size + batch) * p.seqlen_q + query) * p.num_heads_q + head;
-    const int64_t lse_size = p.batch_size * p.num_heads_q * p.seqlen_q;
-    store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
-              static_cast<Acc*>(p.out_partial) + row_at * p.head_dim_v,
-              static_cast<Acc*>(p.lse_partial) + split * lse_size + lse_at);
   }
 }
 
@@ -284,10 +325,13 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
   const int64_t heads = min_of(p.heads_per_task, p.num_heads_kv - first_head);
 
   const Visibility visibility = p.visibility(batch);
+  bool wanted = false;
   for (int64_t h = 0; h < heads; ++h) {
     describe_rows(p, visibility, first_head + h, first_row, rows, t.head(h).rows);
+    wanted |= wants_rows<Element>(p, batch, rows, t.head(h));
     start_rows<Element>(p, batch, rows, t.head(h));
   }
+  if (!wanted) return;
 
   KeyRange range = visibility.rows(t.rows[0].query, t.rows[rows - 1].query);
   if (p.kv_splits > 1) {

@@ -32,6 +32,8 @@ void combine(const CombineParams& p, int64_t task, void* scratch) {
   const int64_t head = task % p.num_heads_q;
   const int64_t query = task / p.num_heads_q % p.seqlen_q;
   const int64_t batch = task / p.num_heads_q / p.seqlen_q;
+  const int64_t row_index = (batch * p.num_heads_q + head) * p.seqlen_q + query;
+  if (p.only && p.only[row_index] != RowVerdict::kViolated) return;
   const Acc minus_inf = Acc(-__builtin_inf());
   const Acc* lse_partial = static_cast<const Acc*>(p.lse_partial) + batch * p.lse_partial_batch +
                            head * p.lse_partial_head + query * p.lse_partial_seqlen;
@@ -64,8 +66,7 @@ void combine(const CombineParams& p, int64_t task, void* scratch) {
   for (int64_t c = 0; c < p.head_dim_v; ++c) {
     out[c] = from_float<Element>(empty ? Acc(0) : sum[c] / weights);
   }
-  static_cast<Acc*>(p.lse)[(batch * p.num_heads_q + head) * p.seqlen_q + query] =
-      empty ? minus_inf : largest + Acc(__builtin_log(weights));
+  static_cast<Acc*>(p.lse)[row_index] = empty ? minus_inf : largest + Acc(__builtin_log(weights));
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

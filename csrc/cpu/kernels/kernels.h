@@ -4,6 +4,7 @@
 #include "cpu/kernels/attention_bwd.h"
 #include "cpu/kernels/attention_fwd.h"
 #include "cpu/kernels/combine.h"
+#include "cpu/kernels/unified_merge.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
@@ -11,7 +12,8 @@ template <class Element>
 constexpr Kernels kernels_of() {
   return {{attention_fwd_tasks<Element>, attention_fwd_scratch<Element>, attention_fwd<Element>},
           {attention_bwd_tasks<Element>, attention_bwd_scratch<Element>, attention_bwd<Element>},
-          {combine_tasks<Element>, combine_scratch<Element>, combine<Element>}};
+          {combine_tasks<Element>, combine_scratch<Element>, combine<Element>},
+          {unified_merge_tasks<Element>, unified_merge_scratch<Element>, unified_merge<Element>}};
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

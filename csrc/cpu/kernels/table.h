@@ -19,6 +19,7 @@ struct Kernels {
   Kernel<AttentionFwdParams> attention_fwd;
   Kernel<AttentionBwdParams> attention_bwd;
   Kernel<CombineParams> combine;
+  Kernel<AttentionFwdParams> unified_merge;
 };
 
 struct KernelTable {
