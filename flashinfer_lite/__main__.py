@@ -9,8 +9,9 @@ import argparse
 import sys
 
 from flashinfer_lite import _introspect
+from flashinfer_lite.dataflow import command as tune
 
-COMMANDS = (_introspect,)
+COMMANDS = (_introspect, tune)
 
 
 class Parser(argparse.ArgumentParser):

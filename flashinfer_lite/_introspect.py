@@ -10,6 +10,7 @@ import torch
 
 from flashinfer_lite import _check, _ops, reference
 from flashinfer_lite.attention import attention, prepare
+from flashinfer_lite.dataflow.choice import report
 from flashinfer_lite.decode import check_decode, decode
 
 NOT_LANDED = (
@@ -167,6 +168,8 @@ def doctor() -> bool:
         f"CPU half        loaded; level {isa}{' (forced)' if forced else ''}, "
         f"present: {', '.join(_ops.cpu_isas())}"
     )
+    for line in report():
+        print(f"dataflow        {line}")
     sound = _self_test("cpu")
     gpus = torch.cuda.device_count()
     if gpus and _ops.cuda_status != "loaded":

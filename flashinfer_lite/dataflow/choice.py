@@ -1,0 +1,228 @@
+"""Which kernel runs a flat product: the table in force, or the shipped thresholds."""
+
+import functools
+import math
+import operator
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flashinfer_lite.dataflow.table import Table, TableError, device_key
+
+VENDOR_ONLY = (0, 0)  # thresholds of what gemv and flat_gemm do not take
+# Shipped (M1, M2) by device type, dtype and [N, K], for a device without a table of its own.
+DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] = {
+    "cpu": {
+        torch.float32: {(4096, 4096): (4, 16)},
+        torch.bfloat16: {(4096, 4096): (4, 32)},
+        torch.float16: {(4096, 4096): (4, 32)},
+    },
+    # Reasoned, not measured: one row reads the weight once on CUDA cores as fast as on tensor
+    # cores, more rows repeat its arithmetic; past 64 rows the vendor's tiles are no longer padding.
+    "cuda": {
+        torch.bfloat16: {(4096, 4096): (1, 64)},
+        torch.float16: {(4096, 4096): (1, 64)},
+    },
+}
+
+
+@dataclass(frozen=True)
+class InForce:
+    """The table that choices come from.
+
+    Attributes:
+        table: None where the shipped defaults are in force.
+        path: the file that was looked for.
+        refusal: why its table is not in force; "" if it is.
+    """
+
+    table: Table | None
+    path: Path
+    refusal: str
+
+
+_loaded: dict[str, Path] = {}  # what `load` was given, by device type
+
+
+def cache_dir() -> Path:
+    """The cache folder: $FLASHINFER_LITE_CACHE, else flashinfer_lite under $XDG_CACHE_HOME or
+    ~/.cache."""
+    chosen = os.environ.get("FLASHINFER_LITE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(chosen or os.path.join(base, "flashinfer_lite")))
+
+
+def table_path(device_type: str = "cpu") -> Path:
+    """The file that tables are read from: `load`'s, else $FLASHINFER_LITE_TUNED, else tuned.json
+    in the cache folder."""
+    if device_type in _loaded:
+        return _loaded[device_type]
+    named = os.environ.get("FLASHINFER_LITE_TUNED")
+    return Path(os.path.expanduser(named)) if named else cache_dir() / "tuned.json"
+
+
+def in_force(device_type: str) -> InForce:
+    """The table in force on the CPU with torch's threads, or on the current CUDA device.
+
+    The file is read at the first call and remembered. One that cannot be applied is refused with a
+    warning, once. No file in the cache folder is no reason to warn.
+    """
+    return _in_force(device_type, _threads(device_type))
+
+
+def _threads(device_type):
+    return torch.get_num_threads() if device_type == "cpu" else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _in_force(device_type, threads):
+    path = table_path(device_type)
+    asked = device_type in _loaded or os.environ.get("FLASHINFER_LITE_TUNED")
+    if not asked and not os.path.exists(path):
+        return InForce(None, path, "no such file")
+    try:
+        return InForce(Table.load(path, device_key(device_type, threads)), path, "")
+    except TableError as error:
+        warnings.warn(
+            f"{path} is not applied: {error}. The shipped defaults are; to measure anew: "
+            f"{redo(device_type, threads, path)}",
+            stacklevel=2,
+        )
+        return InForce(None, path, str(error))
+
+
+def redo(device_type: str, threads: int, path: Path) -> str:
+    """The command that measures a table for a device into a file."""
+    which = f"--threads {threads}" if device_type == "cpu" else f"--device {device_type}"
+    return f"python -m flashinfer_lite tune --model DIR {which} --output {path}"
+
+
+def load(path: str | os.PathLike, device_type: str = "cpu") -> Table:
+    """Put the table of a file in force for this process, ahead of the environment and the cache.
+
+    Args:
+        path: a file that `python -m flashinfer_lite tune` or `Table.save` has written.
+        device_type: "cpu" (with torch's present number of threads) or "cuda".
+
+    Returns:
+        The table.
+
+    Raises:
+        TableError: if it is stale, foreign or damaged; what was in force stays so.
+    """
+    table = Table.load(path, device_key(device_type, _threads(device_type)))
+    _loaded[device_type] = Path(path)
+    _forget()
+    return table
+
+
+def unload() -> None:
+    """Forget what was loaded: the next choice reads the environment and the cache folder anew.
+
+    Needed only after a table, the environment or the instruction set has changed in a running
+    process. Graphs that torch.compile has made keep the choice that they were made with.
+    """
+    _loaded.clear()
+    _forget()
+
+
+def _forget():
+    _in_force.cache_clear()
+    _thresholds.cache_clear()
+
+
+def nearest(shapes, n: int, k: int) -> tuple[int, int]:
+    """Of some [N, K] the one that is nearest in the logarithms of N and K."""
+    return min(shapes, key=lambda s: (abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)), s))
+
+
+@functools.lru_cache(maxsize=4096)
+def _thresholds(device_type, dtype, n, k, threads):
+    """((M1, M2), where they come from)."""
+    shipped = DEFAULTS.get(device_type, {}).get(dtype)
+    if shipped is None or not n or not k:
+        return VENDOR_ONLY, f"no other kernel takes {dtype} on {device_type}"
+    found = _in_force(device_type, threads)
+    name = str(dtype).removeprefix("torch.")
+    entries = found.table.entries if found.table else {}
+    tuned = {key[1:]: entry for key, entry in entries.items() if key[0] == name}
+    if tuned:
+        shape = nearest(tuned, n, k)
+        return (tuned[shape].m1, tuned[shape].m2), f"{found.path}, measured at {list(shape)}"
+    shape = nearest(shipped, n, k)
+    why = f"; {found.path}: {found.refusal or f'nothing in {name}'}"
+    return shipped[shape], f"the shipped default of {list(shape)}{why}"
+
+
+# A compiled graph keeps the answer as a constant, so dynamo sees neither the file nor the caches.
+@torch.compiler.assume_constant_result
+def thresholds(device_type: str, dtype: torch.dtype, n: int, k: int) -> tuple[int, int]:
+    """(M1, M2) of a product x [M, K] times weight [N, K]: gemv for M <= M1, flat_gemm for
+    M1 < M <= M2, vendor beyond.
+
+    From the table in force: the entry of [N, K], else the nearest that was measured in the dtype,
+    by the sum of |log| of the ratios of N and K; without a table the same rule on the shipped
+    defaults. (0, 0) for what only the vendor takes.
+    """
+    return _thresholds(device_type, dtype, n, k, _threads(device_type))[0]
+
+
+def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
+    """The kernel for x [M, K] times weight [N, K], transposed: the heuristic dataflow of
+    FlashDecoding++ (arXiv 2311.01282, section 5).
+
+    A look-up: no tensor, no allocation that lasts, and under torch.compile a constant for each
+    [N, K] and at most two comparisons of M.
+
+    Args:
+        device_type: "cpu" or "cuda"; of another one the vendor's kernel is the answer.
+        dtype: of x and weight.
+        n, k, m: sizes, integers.
+
+    Returns:
+        "gemv", "flat_gemm" or "vendor".
+
+    Example:
+        >>> choose("cpu", torch.float64, 4096, 4096, 1)
+        'vendor'
+    """
+    # operator.index makes a number of what dynamo traces as a symbol: weights may be dynamic there.
+    last_gemv, last_flat = thresholds(device_type, dtype, operator.index(n), operator.index(k))
+    if m <= last_gemv:
+        return "gemv"
+    return "flat_gemm" if m <= last_flat else "vendor"
+
+
+def explain_choice(
+    device_type: str, dtype: torch.dtype, n: int, k: int, m: int
+) -> tuple[str, dict[str, str]]:
+    """What `choose` answers, and why not the others.
+
+    Returns:
+        (kernel, {other kernel: reason}); the reasons name M1 and M2 and where they come from, a
+        refused table and its reason included.
+    """
+    (m1, m2), source = _thresholds(device_type, dtype, n, k, _threads(device_type))
+    chosen = choose(device_type, dtype, n, k, m)
+    reason = f"M = {m}, M1 = {m1}, M2 = {m2} by {source}"
+    return chosen, {other: reason for other in ("gemv", "flat_gemm", "vendor") if other != chosen}
+
+
+def report() -> list[str]:
+    """Lines on the table in force for each device type that is here, for `doctor`."""
+    lines = []
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = in_force(device_type)
+        if found.table:
+            shapes = len(found.table.entries)
+            lines.append(f"{device_type}: {found.path}, {shapes} shapes, {found.table.date}")
+        else:
+            lines.append(f"{device_type}: shipped defaults; {found.path}: {found.refusal}")
+            if found.refusal != "no such file":
+                lines.append(f"to measure: {redo(device_type, _threads(device_type), found.path)}")
+    return lines
