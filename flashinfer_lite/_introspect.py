@@ -12,6 +12,8 @@ from flashinfer_lite import _check, _ops, reference
 from flashinfer_lite.attention import attention, prepare
 from flashinfer_lite.dataflow.choice import report
 from flashinfer_lite.decode import check_decode, decode
+from flashinfer_lite.gemm import KERNELS as FLAT_KERNELS
+from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
 
 NOT_LANDED = (
     "dropout_p",
@@ -23,6 +25,7 @@ NOT_LANDED = (
 
 
 KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan calls it
+FLAT_TILES = {"gemv": (4, 12), "flat_gemm": (64, 12)}  # rows of x by rows of the weight
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     """What `op(*args, **kwargs)` would run, without running it.
 
     Args:
-        op: flashinfer_lite.attention or flashinfer_lite.decode, or its name.
+        op: flashinfer_lite.attention, decode or flat_linear, or its name.
         *args, **kwargs: the op's own arguments, checked as the op would.
 
     Raises:
@@ -79,8 +82,10 @@ def explain(op, *args, **kwargs) -> Explanation:
         1
     """
     name = getattr(op, "__name__", op)
+    if name == "flat_linear":
+        return _explain_flat_linear(*args, **kwargs)
     if name not in ("attention", "decode"):
-        raise ValueError(f"op: expected attention or decode, got {op!r}")
+        raise ValueError(f"op: expected attention, decode or flat_linear, got {op!r}")
     bound = inspect.signature({"attention": attention, "decode": decode}[name]).bind(
         *args, **kwargs
     )
@@ -112,17 +117,48 @@ def explain(op, *args, **kwargs) -> Explanation:
     return _explain_cpu(name, q, k, v, longest, splits, invariant)
 
 
-def _explain_cpu(name, q, k, v, longest, splits, invariant):
-    block_m, block_n, kv_splits, _ = _ops.plan(
-        q, k, v, KERNELS[name], longest, splits, invariant
-    ).tolist()
+def _explain_flat_linear(*args, **kwargs):
+    bound = inspect.signature(flat_linear).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    impl, invariant = given["impl"], given["batch_invariant"]
+    x, weight, bias = under_autocast(given["x"], given["weight"], given["bias"])
+    chosen = choose_kernel(x, weight, bias, given["weight_scale"], impl, invariant, given["out"])
+    if invariant:
+        why = "batch_invariant=True is always flat_gemm"
+    elif impl != "auto":
+        why = f"impl={impl!r} was asked for"
+    else:
+        shape = f"M {x.shape[:-1].numel()}, N {weight.shape[0]}, K {weight.shape[1]}"
+        why = f"{chosen} is the choice for {shape}, {x.dtype} on {x.device}"
+    rejected = {other: why for other in (*FLAT_KERNELS, "vendor") if other != chosen}
+    if chosen not in FLAT_KERNELS:
+        return Explanation(
+            f"flat_linear {chosen}", (x.shape[:-1].numel(), weight.shape[0]), 1, rejected
+        )
+    if x.device.type != "cpu":
+        return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
+    isa, levels = _levels(x.device)
+    return Explanation(f"flat_linear {chosen} cpu {isa}", FLAT_TILES[chosen], 1, rejected | levels)
+
+
+def _levels(device):
+    """The CPU level in force, and why not the others."""
     isa = _ops.cpu_isa()
-    rejected = {"cuda": f"inputs are on {q.device}; {_ops.cuda_status}"}
+    rejected = {"cuda": f"inputs are on {device}; {_ops.cuda_status}"}
     for level in ("avx512", "avx2", "baseline"):
         if level not in _ops.cpu_isas():
             rejected[f"cpu {level}"] = "not on this processor"
         elif level != isa:
             rejected[f"cpu {level}"] = f"{isa} is in force"
+    return isa, rejected
+
+
+def _explain_cpu(name, q, k, v, longest, splits, invariant):
+    block_m, block_n, kv_splits, _ = _ops.plan(
+        q, k, v, KERNELS[name], longest, splits, invariant
+    ).tolist()
+    isa, rejected = _levels(q.device)
     if isa == "avx512" and q.dtype == torch.float64:
         isa = "avx2"
         rejected["cpu avx512"] = "float64 runs at the avx2 level"

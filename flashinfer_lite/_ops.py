@@ -29,6 +29,8 @@ SCHEMAS = {
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
     f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PHI}) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "flat_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
+    "flat_linear.out": "(Tensor x, Tensor weight, Tensor? bias, str kernel, Tensor(a!) out) -> ()",
     "plan": "(Tensor q, Tensor k, Tensor v, str kernel, int longest, int kv_splits, "
     "bool batch_invariant) -> Tensor",
     "cpu_isa": "(str? name=None) -> str",
@@ -83,6 +85,8 @@ decode = _namespace.decode.default
 decode_out = _namespace.decode.out
 plan = _namespace.plan.default
 merge_states = _namespace.merge_states.default
+flat_linear = _namespace.flat_linear.default
+flat_linear_out = _namespace.flat_linear.out
 
 
 def stats(reset: bool) -> list[int]:
@@ -162,6 +166,17 @@ def _(q, k, v, *rest):
 def _(outs, lses):
     _one_device(outs, lses)
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+@torch.library.register_fake("flashinfer_lite::flat_linear")
+def _(x, weight, bias, kernel):
+    _one_device(x, weight, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("flashinfer_lite::flat_linear.out")
+def _(x, weight, bias, kernel, out):
+    _one_device(x, weight, bias, out)
 
 
 @torch.library.register_fake("flashinfer_lite::attention_bwd")

@@ -1,12 +1,194 @@
 """Matrix products with few rows."""
 
+import math
+
+import torch
+import torch.nn.functional as F
+
+from flashinfer_lite import _check, _ops, reference
+
+KERNELS = ("gemv", "flat_gemm")  # what the op knows; the other choices are torch's
+IMPLS = ("auto", *KERNELS, "vendor", "reference")
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 def flat_linear(
     x, weight, bias=None, *, weight_scale=None, impl="auto", batch_invariant=False, out=None
 ):
-    """Flat GEMM of FlashDecoding++ (arXiv 2311.01282). Not implemented yet.
+    """out = x weight^T + bias for few rows of x: the flat GEMM of FlashDecoding++, for inference.
+
+    With few rows the time goes into reading the weight: it is read once, in place, and products
+    are summed in fp32. Which kernel is fastest depends on the number of rows M, on [N, K] and the
+    dtype; "auto" looks it up. Hong et al., "FlashDecoding++" (arXiv 2311.01282), sections 4 and 5.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16 with the last dimension contiguous (float64, and
+            float32 on CUDA, through "vendor" alone). Leading dimensions that have no one stride
+            are copied, as torch's linear does; the weight never is.
+        weight: [N, K] of x's dtype, the last dimension contiguous, rows at any stride.
+        bias: [N] of x's dtype.
+        weight_scale: not implemented yet, refused.
+        impl: "auto"; "gemv" for the fewest rows; "flat_gemm" up to 64 rows, in blocks beyond;
+            "vendor", which is torch.nn.functional.linear; "reference". Any M runs with each.
+        batch_invariant: a row's bits depend neither on M nor on the number of threads: always
+            flat_gemm. Excludes the other values of impl.
+        out: written in place and returned; [..., N] of x's dtype, not overlapping an input.
+
+    Returns:
+        [..., N] of x's dtype.
 
     Raises:
-        NotImplementedError: always; use torch.nn.functional.linear until it lands.
+        RuntimeError: if an input requires grad while grad mode is on.
+        TypeError, ValueError, NotImplementedError: naming the argument, what is expected and what
+            came.
+
+    Example:
+        >>> x, weight = torch.randn(1, 3, 576), torch.randn(192, 576)
+        >>> flashinfer_lite.flat_linear(x, weight).shape
+        torch.Size([1, 3, 192])
     """
-    raise NotImplementedError("flat_linear: not implemented yet; use torch.nn.functional.linear")
+    x, weight, bias = under_autocast(x, weight, bias)
+    kernel = choose_kernel(x, weight, bias, weight_scale, impl, batch_invariant, out)
+    if kernel in KERNELS:
+        return _run_native(kernel, x, weight, bias, out)
+    linear = F.linear if kernel == "vendor" else reference.linear
+    result = linear(x, weight, bias)
+    return result if out is None else out.copy_(result)
+
+
+def _run_native(kernel, x, weight, bias, out):
+    if x.dim() == 2:
+        if out is None:
+            return _ops.flat_linear(x, weight, bias, kernel)
+        _ops.flat_linear_out(x, weight, bias, kernel, out)
+        return out
+    *leading, depth = x.shape
+    rows = x.reshape(math.prod(leading), depth)
+    if out is None:
+        return _ops.flat_linear(rows, weight, bias, kernel).view(*leading, weight.shape[0])
+    try:
+        out_rows = out.view(rows.shape[0], weight.shape[0])
+    except RuntimeError:
+        raise ValueError(
+            "out: expected leading dimensions that merge into rows of one stride, got strides "
+            f"{list(out.stride())}"
+        ) from None
+    _ops.flat_linear_out(rows, weight, bias, kernel, out_rows)
+    return out
+
+
+def under_autocast(x, weight, bias):
+    """The inputs as autocast wants them."""
+    if not torch.is_tensor(x) or not torch.is_autocast_enabled(_autocast_device(x)):
+        return x, weight, bias
+    if bias is None:
+        return *_check.under_autocast(x, weight), None
+    return _check.under_autocast(x, weight, bias)
+
+
+def _autocast_device(x):
+    return "cuda" if x.is_cuda else "cpu"
+
+
+def choose_kernel(x, weight, bias, weight_scale, impl, batch_invariant, out):
+    """Check everything and name what runs: "gemv", "flat_gemm", "vendor" or "reference"."""
+    if weight_scale is not None:
+        _check.not_landed(weight_scale=weight_scale)
+    _check_inputs(x, weight, bias)
+    if out is not None:
+        _check_out(out, x, weight)
+    if impl not in IMPLS:
+        _check.choice("impl", impl, IMPLS)
+    if batch_invariant:
+        if impl not in ("auto", "flat_gemm"):
+            raise ValueError(
+                f"impl: expected 'auto' or 'flat_gemm' with batch_invariant, got {impl!r}"
+            )
+        impl = "flat_gemm"
+    native = _is_native(x)
+    if impl == "auto":
+        impl = _choose(x, weight) if native else "vendor"
+    elif impl in KERNELS and not native:
+        wanted = "bfloat16 or float16 on CUDA" if x.is_cuda else "float32, bfloat16 or float16"
+        raise TypeError(
+            f"x: expected dtype {wanted} with impl={impl!r}, got {x.dtype}; "
+            "impl='vendor' runs there"
+        )
+    if impl in KERNELS:
+        _check.native("x", x, "; impl='vendor' runs there")
+    return impl
+
+
+def _is_native(x):
+    """Whether there are kernels for x's dtype on its device."""
+    return x.dtype in _NARROW or (x.dtype == torch.float32 and not x.is_cuda)
+
+
+def _choose(x, weight):
+    depth = weight.shape[1]
+    rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+    return choose(x.device.type, x.dtype, weight.shape[0], depth, rows)
+
+
+def choose(device_type, dtype, n, k, m):
+    """gemv for the fewest rows, then flat_gemm, then torch."""
+    return "gemv" if m <= 4 else "flat_gemm" if m <= 32 else "vendor"
+
+
+def _check_inputs(x, weight, bias):
+    _check.tensor("x", x)
+    _check.tensor("weight", weight)
+    dtype, device, depth = x.dtype, x.device, weight.shape[-1:]
+    if dtype not in _check.ELEMENT_DTYPES:
+        raise TypeError(f"x: expected dtype float64, float32, bfloat16 or float16, got {dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected 2 dimensions [N, K], got shape {list(weight.shape)}")
+    if x.dim() < 1:
+        raise ValueError("x: expected 1 dimension or more, [..., K], got shape []")
+    if x.shape[-1:] != depth:
+        raise ValueError(
+            f"weight: expected shape ['N', {x.shape[-1]}] to fit x, got {list(weight.shape)}"
+        )
+    _check_like_x("weight", weight, dtype, device)
+    _check_last_stride("x", x)
+    _check_last_stride("weight", weight)
+    if bias is not None:
+        _check.tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: expected shape [{weight.shape[0]}] (N), got {list(bias.shape)}"
+            )
+        _check_like_x("bias", bias, dtype, device)
+        _check_last_stride("bias", bias)
+    if torch.is_grad_enabled():
+        for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"{name}: flat_linear is for inference and got a tensor that requires grad; "
+                    "use torch.nn.functional.linear to train, or torch.no_grad()"
+                )
+
+
+def _check_like_x(name, t, dtype, device):
+    if t.dtype != dtype:
+        raise TypeError(f"{name}: expected x's dtype {dtype}, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected x's device {device}, got {t.device}")
+
+
+def _check_last_stride(name, t):
+    if t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
+        raise ValueError(
+            f"{name}: expected the last dimension contiguous (stride 1), got stride {t.stride(-1)}"
+        )
+
+
+def _check_out(out, x, weight):
+    _check.tensor("out", out)
+    wanted = [*x.shape[:-1], weight.shape[0]]
+    if list(out.shape) != wanted:
+        raise ValueError(f"out: expected shape {wanted}, got {list(out.shape)}")
+    _check_like_x("out", out, x.dtype, x.device)
+    _check_last_stride("out", out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("out: expected a tensor that does not require grad, got one that does")

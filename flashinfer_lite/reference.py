@@ -1,4 +1,4 @@
-"""The oracle: what every attention op of this package means, in plain eager torch.
+"""The oracle: what every op of this package means, in plain eager torch.
 
 Slow, seqlen_q x seqlen_kv memory, any dtype, any device, differentiable by torch's own autograd.
 The kernels are tested against it in float64; the same code run in the inputs' own dtype gives the
@@ -212,3 +212,26 @@ def merge_states(outs, lses):
     select = live.transpose(-1, -2).unsqueeze(-1)
     out = (weight * torch.where(select, outs, 0)).sum(0).to(outs.dtype)
     return out, torch.where(alive, lse, -math.inf)
+
+
+def linear(x, weight, bias=None, *, dtype=None):
+    """x weight^T + bias.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N].
+        dtype: what to compute in, and the dtype of the result. Default: float32 (float64 for
+            float64), rounded once to x's dtype.
+
+    Returns:
+        [..., N].
+
+    >>> linear(torch.ones(2, 8), torch.ones(3, 8), torch.ones(3)).unique().tolist()
+    [9.0]
+    """
+    compute = dtype or torch.promote_types(x.dtype, torch.float32)
+    out = x.to(compute) @ weight.to(compute).T
+    if bias is not None:
+        out = out + bias.to(compute)
+    return out.to(dtype or x.dtype)

@@ -251,7 +251,6 @@ def test_merge_states_arguments(device, outs, lses, error, message):
     "name, arguments",
     [
         ("attention_varlen", [None] * 5),
-        ("flat_linear", [None] * 2),
         ("append_kv", [None] * 4),
     ],
 )

@@ -20,6 +20,8 @@ OPS = {
         False,
     ),
     "merge_states": ("Tensor outs, Tensor lses", True),
+    "flat_linear": ("Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor", False),
+    "flat_linear.out": ("Tensor? bias, str kernel, Tensor(a!) out) -> ()", False),
     "plan": ("Tensor q, Tensor k, Tensor v, str kernel", False),
     "cpu_isa": ("", False),
     "cpu_isas": ("", False),
@@ -70,7 +72,7 @@ def test_schema(device, name):
     if autograd:
         assert not schema.is_mutable
         assert not any(argument.kwarg_only for argument in schema.arguments)
-    assert schema.is_mutable == (name == "decode.out")
+    assert schema.is_mutable == name.endswith(".out")
 
 
 @pytest.mark.parametrize("name", [n for n, (text, _) in OPS.items() if text])
@@ -175,6 +177,19 @@ def test_opcheck_plan(device, kernel):
         _ops.plan(q, k, v, "softmax", 9, 0, False)
     with pytest.raises(RuntimeError, match="longest: expected 0 to k's seqlen 9, got 10"):
         _ops.plan(q, k, v, kernel, 10, 0, False)
+
+
+@pytest.mark.parametrize("kernel", ["gemv", "flat_gemm"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck_flat_linear(device, kernel, with_bias):
+    x, weight, bias = (
+        torch.randn(shape, device=device).bfloat16() for shape in ((3, 40), (24, 40), (24,))
+    )
+    bias = bias if with_bias else None
+    torch.library.opcheck(_ops.flat_linear, (x, weight, bias, kernel))
+    out = torch.empty(3, 32, dtype=x.dtype, device=device)[:, :24]
+    torch.library.opcheck(_ops.flat_linear_out, (x, weight, bias, kernel, out))
+    check_fake(lambda *inputs: [_ops.flat_linear(*inputs)], (x, weight, bias, kernel))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -11,6 +11,10 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 constexpr int kTileRows = 6;
 constexpr int kTileCols = 2;
 
+// Dot products: 4 x 3 accumulators, 3 weights and one vector of x.
+constexpr int kDotRows = 4;
+constexpr int kDotCols = 3;
+
 FIL_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return _mm256_fmadd_ps(a, b, c);
 }

@@ -11,6 +11,10 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 constexpr int kTileRows = 12;
 constexpr int kTileCols = 2;
 
+// Dot products: 6 x 4 accumulators, 4 weights and one vector of x.
+constexpr int kDotRows = 6;
+constexpr int kDotCols = 4;
+
 FIL_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return _mm512_fmadd_ps(a, b, c);
 }

@@ -10,6 +10,10 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 constexpr int kTileRows = 6;
 constexpr int kTileCols = 2;
 
+// Dot products: 4 x 3 accumulators, 3 weights and one vector of x.
+constexpr int kDotRows = 4;
+constexpr int kDotCols = 3;
+
 template <class V>
 FIL_INLINE V fma(V a, V b, V c) {
   return a * b + c;

@@ -4,16 +4,26 @@
 #include "cpu/kernels/attention_bwd.h"
 #include "cpu/kernels/attention_fwd.h"
 #include "cpu/kernels/combine.h"
+#include "cpu/kernels/flat_linear.h"
 #include "cpu/kernels/unified_merge.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
 template <class Element>
 constexpr Kernels kernels_of() {
-  return {{attention_fwd_tasks<Element>, attention_fwd_scratch<Element>, attention_fwd<Element>},
-          {attention_bwd_tasks<Element>, attention_bwd_scratch<Element>, attention_bwd<Element>},
-          {combine_tasks<Element>, combine_scratch<Element>, combine<Element>},
-          {unified_merge_tasks<Element>, unified_merge_scratch<Element>, unified_merge<Element>}};
+  Kernels kernels{
+      {attention_fwd_tasks<Element>, attention_fwd_scratch<Element>, attention_fwd<Element>},
+      {attention_bwd_tasks<Element>, attention_bwd_scratch<Element>, attention_bwd<Element>},
+      {combine_tasks<Element>, combine_scratch<Element>, combine<Element>},
+      {unified_merge_tasks<Element>, unified_merge_scratch<Element>, unified_merge<Element>},
+      {},
+      {}};
+  if constexpr (sizeof(Element) < 8) {
+    kernels.gemv = {flat_linear_tasks<Element>, gemv_scratch<Element>, gemv<Element>};
+    kernels.flat_gemm = {flat_linear_tasks<Element>, flat_gemm_scratch<Element>,
+                         flat_gemm<Element>};
+  }
+  return kernels;
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -8,6 +8,7 @@
 
 #include "common/heuristics.h"
 #include "common/params/attention.h"
+#include "common/params/flat_linear.h"
 #include "common/types.h"
 #include "common/visible.h"
 #include "cpu/kernels/table.h"

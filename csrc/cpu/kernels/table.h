@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/params/attention.h"
+#include "common/params/flat_linear.h"
 
 namespace flashinfer_lite::cpu {
 
@@ -20,6 +21,7 @@ struct Kernels {
   Kernel<AttentionBwdParams> attention_bwd;
   Kernel<CombineParams> combine;
   Kernel<AttentionFwdParams> unified_merge;
+  Kernel<FlatLinearParams> gemv, flat_gemm;  // not for float64
 };
 
 struct KernelTable {

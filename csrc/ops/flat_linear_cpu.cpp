@@ -1,0 +1,50 @@
+// flat_linear (the flat GEMM of FlashDecoding++) on the CPU.
+#include "ops/flat_linear.h"
+#include "ops/runtime_cpu.h"
+
+namespace flashinfer_lite {
+namespace {
+
+// Weight rows per task: about four tasks a thread even out what else the machine does, in whole
+// blocks of the kernels where there are enough rows.
+int64_t weight_rows_per_task(int64_t n, int64_t threads) {
+  constexpr int64_t kBlock = 24, kTasksPerThread = 4;
+  const int64_t even = ceil_div(n, threads * kTasksPerThread);
+  return even >= kBlock ? ceil_div(even, kBlock) * kBlock : std::min(kBlock, ceil_div(n, threads));
+}
+
+void run(FlatLinearParams& p, ScalarType type, FlatLinearKernel which) {
+  const cpu::Kernels& kernels = cpu_kernels(type);
+  count_call();
+  if (p.m == 0 || p.n == 0) return;
+  p.weight_rows_per_task = weight_rows_per_task(p.n, torch::stable::get_num_threads());
+  const auto& kernel = which == FlatLinearKernel::kGemv ? kernels.gemv : kernels.flat_gemm;
+  run_tasks(kernel, p, double(p.m) * double(p.n) * double(p.k));
+}
+
+Tensor flat_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::string kernel) {
+  FlatLinearParams p;
+  const FlatLinearKernel which = flat_linear_kernel(kernel);
+  set_flat_linear(p, x, weight, bias, DeviceType::CPU);
+  Tensor out = new_flat_linear_out(p, x);
+  run(p, x.scalar_type(), which);
+  return out;
+}
+
+void flat_linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     std::string kernel, Tensor out) {
+  FlatLinearParams p;
+  const FlatLinearKernel which = flat_linear_kernel(kernel);
+  set_flat_linear(p, x, weight, bias, DeviceType::CPU);
+  set_flat_linear_out(p, x, out);
+  run(p, x.scalar_type(), which);
+}
+
+}  // namespace
+}  // namespace flashinfer_lite
+
+STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CPU, m) {
+  m.impl("flat_linear", FIL_BOX(flashinfer_lite::flat_linear));
+  m.impl("flat_linear.out", FIL_BOX(flashinfer_lite::flat_linear_out));
+}
