@@ -10,7 +10,7 @@ import torch
 
 from flashinfer_lite import _check, _ops, reference
 from flashinfer_lite.attention import attention, prepare
-from flashinfer_lite.dataflow.choice import report
+from flashinfer_lite.dataflow.choice import explain_choice, report
 from flashinfer_lite.decode import check_decode, decode
 from flashinfer_lite.gemm import KERNELS as FLAT_KERNELS
 from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
@@ -124,18 +124,16 @@ def _explain_flat_linear(*args, **kwargs):
     impl, invariant = given["impl"], given["batch_invariant"]
     x, weight, bias = under_autocast(given["x"], given["weight"], given["bias"])
     chosen = choose_kernel(x, weight, bias, given["weight_scale"], impl, invariant, given["out"])
+    m, n, k = x.shape[:-1].numel(), *weight.shape
     if invariant:
         why = "batch_invariant=True is always flat_gemm"
     elif impl != "auto":
         why = f"impl={impl!r} was asked for"
     else:
-        shape = f"M {x.shape[:-1].numel()}, N {weight.shape[0]}, K {weight.shape[1]}"
-        why = f"{chosen} is the choice for {shape}, {x.dtype} on {x.device}"
+        why = explain_choice(x.device.type, x.dtype, n, k, m)
     rejected = {other: why for other in (*FLAT_KERNELS, "vendor") if other != chosen}
     if chosen not in FLAT_KERNELS:
-        return Explanation(
-            f"flat_linear {chosen}", (x.shape[:-1].numel(), weight.shape[0]), 1, rejected
-        )
+        return Explanation(f"flat_linear {chosen}", (m, n), 1, rejected)
     if x.device.type != "cpu":
         return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
     isa, levels = _levels(x.device)

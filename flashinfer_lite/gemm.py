@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from flashinfer_lite import _check, _ops, reference
+from flashinfer_lite.dataflow.choice import choose
 
 KERNELS = ("gemv", "flat_gemm")  # what the op knows; the other choices are torch's
 IMPLS = ("auto", *KERNELS, "vendor", "reference")
@@ -128,11 +129,6 @@ def _choose(x, weight):
     depth = weight.shape[1]
     rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
     return choose(x.device.type, x.dtype, weight.shape[0], depth, rows)
-
-
-def choose(device_type, dtype, n, k, m):
-    """gemv for the fewest rows, then flat_gemm, then torch."""
-    return "gemv" if m <= 4 else "flat_gemm" if m <= 32 else "vendor"
 
 
 def _check_inputs(x, weight, bias):

@@ -119,10 +119,16 @@ def test_contention_is_said():
     assert re.search(r"put off the CPU \d+ times a second", quiet.text())
 
 
-def test_tune_and_load(tmp_path):
-    table = dataflow.tune(
-        [(8, 8), (16, 8)], dtype=torch.float32, max_m=4, seconds=0.1, runs=sleeping(0, 0.002, 0.004)
-    )
+@pytest.fixture
+def believed(monkeypatch):
+    """Sets the kernels that the command measures; its clock believes what their calls return."""
+    monkeypatch.setattr(measure, "cpu_seconds", told)
+    return lambda runs: monkeypatch.setattr(measure, "implementations", lambda: runs)
+
+
+def test_tune_and_load(tmp_path, believed):
+    runs = made_up(lambda m: 1, lambda m: 2, lambda m: 4)
+    table = dataflow.tune([(8, 8), (16, 8)], dtype=torch.float32, max_m=4, seconds=0.1, runs=runs)
     assert {key: (e.m1, e.m2) for key, e in table.entries.items()} == {
         ("float32", 8, 8): (4, 4),
         ("float32", 16, 8): (4, 4),
@@ -131,11 +137,6 @@ def test_tune_and_load(tmp_path):
     assert dataflow.load(tmp_path / "tuned.json") == table
     assert dataflow.choose("cpu", torch.float32, 8, 8, 4) == "gemv"
     assert dataflow.choose("cpu", torch.float32, 8, 8, 5) == "vendor"
-
-
-def sleeping(*seconds):
-    """Kernels that take so long, at any M."""
-    return {n: (lambda x, w, s=s: time.sleep(s)) for n, s in zip(KERNELS, seconds, strict=True)}
 
 
 # Which shapes
@@ -236,16 +237,16 @@ def test_error_without_matplotlib(monkeypatch, capsys, tmp_path):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_output_that_cannot_be_written(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(measure, "implementations", lambda: sleeping(0, 0, 0))
+def test_output_that_cannot_be_written(believed, capsys, tmp_path):
+    believed(CROSSING)
     (tmp_path / "file").touch()
     arguments = ["--shapes", "8,8", "--max-m", "1", "--output", str(tmp_path / "file" / "x.json")]
     assert main(["tune", *arguments]) == 2
     assert "--output: expected a file to write, got " in capsys.readouterr().err
 
 
-def test_tune_command(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(measure, "implementations", lambda: sleeping(0, 0.002, 0.004))
+def test_tune_command(believed, capsys, tmp_path):
+    believed(made_up(lambda m: 1, lambda m: 2, lambda m: 4))
     arguments = "--shapes 8,8 16,8 --dtype float32 bfloat16 --max-m 2 --seconds 0.1 --threads 1"
     assert main(["tune", *arguments.split(), "--plot", str(tmp_path / "x.png")]) == 0
     out = capsys.readouterr().out
@@ -265,12 +266,13 @@ def test_tune_command(monkeypatch, capsys, tmp_path):
     assert f"export FLASHINFER_LITE_TUNED={tmp_path / 'other.json'}" in capsys.readouterr().out
 
 
-def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
+def test_an_interruption_keeps_what_was_measured(believed, tmp_path):
     def interrupt(x, weight):
         if weight.shape[0] == 16:
             raise KeyboardInterrupt
+        return 1.0
 
-    monkeypatch.setattr(measure, "implementations", lambda: dict.fromkeys(KERNELS, interrupt))
+    believed(dict.fromkeys(KERNELS, interrupt))
     with pytest.raises(KeyboardInterrupt):
         main(["tune", "--shapes", "8,8", "16,8", "--max-m", "1", "--seconds", "0.1"])
     found = dataflow.Table.load(tmp_path / "cache" / "tuned.json")
@@ -305,16 +307,16 @@ def test_a_slow_moment_fails_no_check():
     assert not found.failed and found.ratio == 1.0 and calls["auto"] > 60
 
 
-@pytest.mark.parametrize(("auto", "status"), [(0.001, 0), (0.004, 1)])
-def test_check_command(auto, status, monkeypatch, capsys, tmp_path):
-    runs = sleeping(0.001, 0.002, 0.003)
-    monkeypatch.setattr(measure, "implementations", lambda: runs)
-    monkeypatch.setattr("flashinfer_lite.gemm.flat_linear", lambda x, w: time.sleep(auto))
-    assert main("tune --shapes 8,8 --dtype float32 --max-m 2 --seconds 0.2".split()) == 0
+@pytest.mark.parametrize(("auto", "status"), [(1.0, 0), (4.0, 1)])
+def test_check_command(auto, status, believed, monkeypatch, capsys):
+    believed(made_up(lambda m: 1, lambda m: 2, lambda m: 4))
+    monkeypatch.setattr("flashinfer_lite.gemm.flat_linear", lambda x, w: auto)
+    assert main("tune --shapes 8,8 --dtype float32 --max-m 2".split()) == 0
     dataflow.unload()
-    assert main(["tune", "--check", "--max-m", "2", "--seconds", "0.2"]) == status
+    assert main(["tune", "--check", "--max-m", "2"]) == status
     out = capsys.readouterr().out
-    assert re.search(r"auto/best: geometric mean [\d.]+, worst [\d.]+ at \[8, 8\]", out)
+    mean = 1 / auto
+    assert f"auto/best: geometric mean {mean:.3f}, worst {mean:.3f} at [8, 8] M = 1 (gemv, " in out
     assert f"{2 * status} of 2 below 0.97 outside the noise" in out
 
 

@@ -196,19 +196,11 @@ def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
     return "flat_gemm" if m <= last_flat else "vendor"
 
 
-def explain_choice(
-    device_type: str, dtype: torch.dtype, n: int, k: int, m: int
-) -> tuple[str, dict[str, str]]:
-    """What `choose` answers, and why not the others.
-
-    Returns:
-        (kernel, {other kernel: reason}); the reasons name M1 and M2 and where they come from, a
-        refused table and its reason included.
-    """
+def explain_choice(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
+    """Why `choose` answers as it does: M1 and M2, and where they come from; a refused table and the
+    reason included."""
     (m1, m2), source = _thresholds(device_type, dtype, n, k, _threads(device_type))
-    chosen = choose(device_type, dtype, n, k, m)
-    reason = f"M = {m}, M1 = {m1}, M2 = {m2} by {source}"
-    return chosen, {other: reason for other in ("gemv", "flat_gemm", "vendor") if other != chosen}
+    return f"M = {m}, M1 = {m1}, M2 = {m2} for [{n}, {k}] by {source}"
 
 
 def report() -> list[str]:
