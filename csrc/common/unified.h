@@ -18,7 +18,8 @@ struct UnifiedGuard {
 };
 
 // exp(30) times 2^30 keys is 2^73, far from the overflow of float32 at 2^128; exp(-30) is 2^-43, so
-// that what is flushed below 2^-126 is less than 2^-83 of the row's largest probability.
+// that what is flushed below 2^-126 is less than 2^-83 of the row's largest probability: it shows
+// only where values of V lie more than 2^59 apart (the online softmax loses 2^-126: 2^102 apart).
 template <class Element>
 constexpr UnifiedGuard kUnifiedGuard{-30.0, 30.0};
 

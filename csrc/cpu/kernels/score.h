@@ -46,10 +46,13 @@ FIL_INLINE int64_t mask_offset(const MaskView& m, int64_t batch, const Row& row,
   return batch * m.batch + row.head * m.head + row.query * m.row + key * m.col;
 }
 
+template <class Acc>
+constexpr Acc kLargest = sizeof(Acc) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
+
 // Finite stays finite in log2 units: finfo.min means "very unlikely", only -inf means hidden.
 template <class Acc>
 FIL_INLINE Acc bias_log2(double x) {
-  constexpr double largest = sizeof(Acc) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
+  constexpr double largest = kLargest<Acc>;
   const double scaled = x * kLog2e;
   if (x == __builtin_inf() || x == -__builtin_inf()) return Acc(x);
   return Acc(scaled < -largest ? -largest : scaled > largest ? largest : scaled);

@@ -7,9 +7,12 @@
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
+// A phi that is not finite here would make NaN of a hidden key's -inf, and a row without keys look
+// like one to compute again: any number as useless stands in for it.
 template <class Acc>
 FIL_INLINE Acc phi_log2(const AttentionFwdParams& p, int64_t head) {
-  return Acc((p.phi_heads ? double(p.phi_heads[head]) : p.phi) * kLog2e);
+  const Acc phi = Acc((p.phi_heads ? double(p.phi_heads[head]) : p.phi) * kLog2e);
+  return phi - phi == 0 ? phi : kLargest<Acc>;
 }
 
 // One block of keys of one row: s becomes exp2(s - phi). A score so high that the exponential has
@@ -47,11 +50,13 @@ FIL_INLINE RowVerdict judge(const UnifiedRow<Acc>& row, int64_t head_dim_v) {
   if (!(above > Acc(guard.low * kLog2e) && above < Acc(guard.high * kLog2e))) {
     return RowVerdict::kViolated;
   }
+  // Quotients are probed too: near the largest number one may round beyond it.
+  const Acc inverse = 1 / row.row_sum;
   Acc probe = row.row_sum * Acc(0);  // 0 * x is 0 for finite x and NaN otherwise
   Acc largest = 0;
   for (int64_t c = 0; c < head_dim_v; ++c) {
     const Acc x = row.numerator[c];
-    probe += x * Acc(0);
+    probe += x * inverse * Acc(0);
     largest = max_of(largest, x < 0 ? -x : x);
   }
   const bool may_underflow = above < 0 && largest < Acc(kTinyNumerator);
