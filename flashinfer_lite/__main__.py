@@ -8,10 +8,10 @@ refuses an argument that only it can judge: `--name: expected ..., got ...`.
 import argparse
 import sys
 
-from flashinfer_lite import _introspect
+from flashinfer_lite import _introspect, calibrate
 from flashinfer_lite.dataflow import command as tune
 
-COMMANDS = (_introspect, tune)
+COMMANDS = (_introspect, tune, calibrate)
 
 
 class Parser(argparse.ArgumentParser):
