@@ -24,6 +24,7 @@ _COMMON = {
     "eos_token_id": None,
     "attention_dropout": 0.0,
 }
+_NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _CONFIGS = {
     "llama": ("Llama", {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}),
     "mistral": (
@@ -57,8 +58,42 @@ _CONFIGS = {
             "head_dim": 32,
         },
     ),
+    # What the Llama family has not: Conv1D in place of torch.nn.Linear, ...
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, **_NO_DROPOUT}),
+    # ... a soft cap, ...
+    "gemma2": (
+        "Gemma2",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 20.0,
+            "tie_word_embeddings": False,  # tied, it repeats its last token
+        },
+    ),
+    # ... biases and a scaling of 1.0 with scaled queries, ...
+    "opt": (
+        "OPT",
+        {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 96,
+            "num_attention_heads": 4,
+            "init_std": 0.3,
+            "dropout": 0.0,
+        },
+    ),
+    # ... one projection for q, k and v.
+    "gpt_neox": (
+        "GPTNeoX",
+        {"hidden_size": 64, "num_attention_heads": 4, "hidden_dropout": 0.0},
+    ),
 }
-FAMILIES = tuple(_CONFIGS)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ALL_FAMILIES = tuple(_CONFIGS)
 PADDINGS = ("none", "left", "right")
 
 
@@ -68,7 +103,7 @@ def make_model(family, attention="eager", device="cpu", dtype=torch.float32, **o
     config = getattr(transformers, f"{name}Config")(**{**_COMMON, **options, **overrides})
     config._attn_implementation = attention
     torch.manual_seed(1)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     return model.to(device, dtype).eval()
 
 

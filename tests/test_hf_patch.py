@@ -189,8 +189,9 @@ def test_the_handle_keeps_the_model_but_the_model_makes_no_cycle():
 
 def test_only_the_cache():
     model = make_model("llama")
-    with hf.patch(model, attention=False):
+    with hf.patch(model, attention=False, linear=False):
         assert set(implementations(model)) == {"eager"}
+        assert type(model.lm_head) is torch.nn.Linear
         assert caches_made(model) is hf.Cache
     assert caches_made(model) is transformers.DynamicCache
 
@@ -242,17 +243,8 @@ def test_a_model_outside_the_interface_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}ForCausalLM does not use"):
         hf.patch(model)
     assert set(implementations(model)) == {"eager"} and set(model.__dict__) == attributes
-
-
-def test_what_has_not_landed():
-    model = make_model("llama")
-    with pytest.raises(NotImplementedError, match="^linear: .*flat_linear"):
-        hf.patch(model, linear=True)
-    with pytest.raises(NotImplementedError, match="^calibration: "):
-        hf.patch(model, calibration={})
-    with hf.patch(model, linear=False):
-        pass
-    assert set(implementations(model)) == {"eager"}
+    with hf.patch(model, attention=False):  # the rest of it can be had
+        assert type(model.lm_head) is hf.FlatLinear
 
 
 def test_not_a_model():

@@ -11,6 +11,7 @@ docs/huggingface.md.
 
 from flashinfer_lite.hf.attention import APPLIED, INERT, REFUSED, attention_forward
 from flashinfer_lite.hf.cache import Cache
+from flashinfer_lite.hf.linear import FlatLinear
 from flashinfer_lite.hf.masks import key_mask
 from flashinfer_lite.hf.patching import Patch, patch
 from flashinfer_lite.hf.registration import FLASH_NAME, NAME, register
@@ -22,6 +23,7 @@ __all__ = [
     "NAME",
     "REFUSED",
     "Cache",
+    "FlatLinear",
     "Patch",
     "attention_forward",
     "key_mask",

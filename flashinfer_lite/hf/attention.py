@@ -4,6 +4,7 @@
 import torch
 
 import flashinfer_lite
+from flashinfer_lite.hf.calibration import phi_of
 from flashinfer_lite.hf.masks import span_of
 
 # Every keyword a model may pass is in exactly one of these three lists; any other one is an error.
@@ -65,7 +66,8 @@ def attention_forward(
     """Attention function for `transformers.AttentionInterface`. Key and value are read in place.
 
     Args:
-        module: the attention layer; only its `is_causal` is read, where the keyword is None.
+        module: the attention layer; its `is_causal` is read where the keyword is None, and the phi
+            of a calibration that `patch` was given.
         query: [batch, num_heads_q, seqlen_q, head_dim], any strides but the last.
         key: [batch, num_heads_kv, seqlen_kv, head_dim].
         value: [batch, num_heads_kv, seqlen_kv, head_dim_v].
@@ -110,7 +112,7 @@ def attention_forward(
     )
     decoding = query.shape[2] <= DECODE_MAX_SEQLEN_Q and not torch.is_grad_enabled()
     op = flashinfer_lite.decode if decoding else flashinfer_lite.attention
-    return op(*qkv, **options), None
+    return op(*qkv, phi=phi_of(module, query.device), **options), None
 
 
 def op_arguments(

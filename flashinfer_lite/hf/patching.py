@@ -5,6 +5,8 @@ import weakref
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from flashinfer_lite.hf import calibration as calibrations
+from flashinfer_lite.hf import linear as linears
 from flashinfer_lite.hf.cache import Cache
 from flashinfer_lite.hf.registration import NAME
 
@@ -23,7 +25,7 @@ class Patch:
         self._state = model.__dict__[_STATE]
 
     def restore(self) -> None:
-        """Put back every configuration and the cache hook; a second call does nothing."""
+        """Put back every configuration, class and method; a second call does nothing."""
         self._state.undo()
 
     def __enter__(self) -> PreTrainedModel:
@@ -44,6 +46,9 @@ class _State:
         self._model = weakref.ref(model)
         self.options = options
         self.implementations: list = []  # (config, the name it had)
+        self.linears: list = []  # modules that were torch.nn.Linear
+        self.attentions: list = []  # modules that have a phi
+        self.phis: dict[int, list[float]] = {}  # by layer, what they have
         _active.add(self)
 
     def __getstate__(self) -> dict:
@@ -57,22 +62,30 @@ class _State:
         for config, implementation in self.implementations:
             # The property would push the name down into the sub-configs, which had their own.
             config._attn_implementation_internal = implementation
-        self.implementations = []
+        for module in self.linears:
+            linears.swap_back(module)
+        for module in self.attentions:
+            calibrations.detach(module)
+        self.implementations, self.linears, self.attentions = [], [], []
         model = self._model()
         if model.__dict__.get(_STATE) is self:
             del model.__dict__[_STATE]
             model.__dict__.pop(_HOOK, None)
         _active.discard(self)
 
+    def check_same(self, options: dict, phis: dict[int, list[float]]) -> None:
+        if self.options != options:
+            raise ValueError(
+                f"model: already patched with {self.options}, got {options}; restore() it first"
+            )
+        if self.phis != phis:
+            raise ValueError("model: already patched with another calibration; restore() it first")
+
     def switch_attention(self) -> None:
         model = self._model()
         configs = _configs(model)
-        taken = {id(config) for other in _active for config, _ in other.implementations}
-        if any(id(config) in taken for config in configs):
-            raise ValueError(
-                "model: shares its configuration with a model that is patched already; "
-                "restore() that one first"
-            )
+        taken = (config for other in _active for config, _ in other.implementations)
+        _refuse_shared("its configuration", configs, taken)
         self.implementations = [(c, c._attn_implementation_internal) for c in configs]
         model.set_attn_implementation(NAME)
         if not any(config._attn_implementation == NAME for config in configs):
@@ -80,6 +93,31 @@ class _State:
                 f"model: {type(model).__name__} does not use transformers' attention interface, "
                 "its attention cannot be switched (attention=False patches the rest)"
             )
+
+    def switch_linear(self, required: bool) -> None:
+        modules = list(self._model().modules())
+        taken = (module for other in _active for module in other.linears)
+        _refuse_shared("linear layers", modules, taken)
+        found = [module for module in modules if linears.swappable(module)]
+        if required and not any(isinstance(module, linears.FlatLinear) for module in modules):
+            if not found:
+                raise ValueError(
+                    f"linear: expected a model with a plain torch.nn.Linear, got "
+                    f"{type(self._model()).__name__}, which has none (quantised and offloaded "
+                    "layers and GPT-2's Conv1D stay as they are)"
+                )
+        self.linears = found
+        for module in found:
+            linears.swap(module)
+
+    def switch_softmax(self, calibration, phis: dict[int, list[float]]) -> None:
+        layers = calibrations.check_fits(self._model(), calibration, phis)
+        taken = (module for other in _active for module in other.attentions)
+        pairs = [(module, phis[layer]) for layer in layers for module in layers[layer]]
+        _refuse_shared("attention layers", (module for module, _ in pairs), taken)
+        self.attentions, self.phis = [module for module, _ in pairs], phis
+        for module, phi in pairs:
+            calibrations.attach(module, phi)
 
     def switch_cache(self) -> None:
         model = self._model()
@@ -121,12 +159,14 @@ def patch(
     Args:
         model: a `transformers.PreTrainedModel`.
         attention: run its attention through flashinfer_lite (the name "fi_lite").
-        linear: run its decode-sized linear layers through flat_linear. None: as soon as that has
-            landed.
+        linear: run its linear layers through `flat_linear` where the input is decode-sized and no
+            gradients are wanted. None is True, but for a model without a torch.nn.Linear.
         cache: `generate` makes a `flashinfer_lite.hf.Cache` where it would have made a
             DynamicCache. Caches that the caller passes, and static or quantised ones, are left
             alone.
-        calibration: ranges for the unified-max softmax; None for the online softmax.
+        calibration: a `flashinfer_lite.calibrate.Calibration` of this model, or the path of a saved
+            one: attention layers that it gives a phi use the unified-max softmax. None for the
+            online softmax everywhere.
 
     Returns:
         A handle with `.restore()`; `with patch(model):` restores at the end. Patching a patched
@@ -134,43 +174,60 @@ def patch(
         (deepcopy, pickle) of a patched model is patched: `patch(copy).restore()` restores it.
 
     Raises:
-        TypeError: not a PreTrainedModel.
-        ValueError: the model did not take the attention (it is left as it was), is patched already
-            with other arguments, or shares its configuration with a patched model.
-        NotImplementedError: linear=True or a calibration, which have not landed.
+        TypeError: not a PreTrainedModel, or no calibration.
+        ValueError: the model did not take the attention; linear=True and it has no torch.nn.Linear;
+            the calibration is of another model, or comes with attention=False; the model is patched
+            already with other arguments, or shares its configuration or layers with a patched
+            model. It is left as it was.
 
     Example:
         >>> with flashinfer_lite.hf.patch(model):
         ...     tokens = model.generate(**inputs)
     """
-    if linear:
-        raise NotImplementedError("linear: flat_linear has not landed; leave linear=None")
-    if calibration is not None:
-        raise NotImplementedError(
-            "calibration: the unified-max softmax has not landed; leave calibration=None"
-        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}; patch "
             "the model before it is wrapped or compiled"
         )
-    options = {"attention": attention, "cache": cache}
+    phis = {}
+    if calibration is not None:
+        if not attention:
+            raise ValueError("calibration: expected attention=True with it, got attention=False")
+        calibration = calibrations.load(calibration)
+        phis = calibrations.phis_by_layer(calibration)
+    options = {
+        "attention": attention,
+        "linear": linear is None or linear,
+        "cache": cache,
+        "calibration": calibration is not None,
+    }
     state = model.__dict__.get(_STATE)
-    if state is None:
-        state = model.__dict__[_STATE] = _State(model, options)
-        try:
-            if attention:
-                state.switch_attention()
-            if cache:
-                state.switch_cache()
-        except BaseException:
-            state.undo()
-            raise
-    elif state.options != options:
-        raise ValueError(
-            f"model: already patched with {state.options}, got {options}; restore() it first"
-        )
+    if state is not None:
+        state.check_same(options, phis)
+        return Patch(model)
+    state = model.__dict__[_STATE] = _State(model, options)
+    try:
+        if attention:
+            state.switch_attention()
+        if calibration is not None:
+            state.switch_softmax(calibration, phis)
+        if options["linear"]:
+            state.switch_linear(required=linear is not None)
+        if cache:
+            state.switch_cache()
+    except BaseException:
+        state.undo()
+        raise
     return Patch(model)
+
+
+def _refuse_shared(what: str, ours, taken) -> None:
+    """Two patches of one object could not be undone in any order."""
+    taken = {id(one) for one in taken}
+    if any(id(one) in taken for one in ours):
+        raise ValueError(
+            f"model: shares {what} with a model that is patched already; restore() that one first"
+        )
 
 
 def _configs(model: PreTrainedModel) -> list:
