@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass static demo bench lint format
+.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass static demo fdpp bench lint format
 .PHONY: asan wheel clean
 
 help:  ## print this list
@@ -58,6 +58,9 @@ static: venv  ## write docs/kernels/static.md: both of the above, with occupancy
 
 demo: build  ## generate text with a real model through our kernels; PROMPT="..." is yours
 	@$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt="$$PROMPT") $(ARGS)
+
+fdpp: build  ## FlashDecoding++ on a real model: calibrate, tune, prove, time against torch
+	@$(BIN)/python examples/flashdecoding_pp.py $(ARGS)
 
 bench: build  ## time ours against torch; ARGS="--help" shows the options
 	$(BIN)/python bench/bench.py $(ARGS)
