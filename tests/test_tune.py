@@ -86,14 +86,15 @@ def test_the_order_of_measurement():
 
 
 def test_the_hopeless_are_left_out():
-    runs = made_up(lambda m: 9 if m > 2 else 1, lambda m: 2, lambda m: 3)
+    runs = made_up(lambda m: m if m < 16 else 9, lambda m: 2, lambda m: 3)
     options = {"dtype": torch.float32, "device": CPU, "seconds": 9, "clock": told}
-    times = measure.measure(runs, 8, 8, [1, 8], **options)
+    times = measure.measure(runs, 8, 8, [1, 7, 16], **options)
     counted = {m: {name: len(s) for name, s in of_m.items()} for m, of_m in times.items()}
     most, few = measure.MAX_ROUNDS, measure.PRUNE_AFTER
     assert counted[1] == {"gemv": most, "flat_gemm": most, "vendor": few}
-    assert counted[8] == {"gemv": few, "flat_gemm": most, "vendor": most}
-    times = measure.measure(runs, 8, 8, [1, 8], prune=False, **options)
+    assert counted[7] == {"gemv": few, "flat_gemm": most, "vendor": most}
+    assert counted[16] == {"gemv": 1, "flat_gemm": most, "vendor": most}  # seconds: long enough
+    times = measure.measure(runs, 8, 8, [1, 7, 16], prune=False, **options)
     assert all(len(s) == most for of_m in times.values() for s in of_m.values())
 
 
@@ -109,9 +110,22 @@ def test_time_is_bounded():
     assert time.perf_counter() - start < 20
 
 
+def test_a_call_put_off_the_cpu_is_timed_again(monkeypatch):
+    for counts, calls in (([5, 5], 1), ([5, 6, 6, 6], 2), (range(99), measure.TRIES)):
+        counted, made = iter(counts), []
+        monkeypatch.setattr(measure, "preemptions", lambda counted=counted: next(counted))
+        seconds = measure.wall_seconds(lambda made=made: time.sleep(made.append(1) or 0.01))
+        assert len(made) == calls and 0.01 <= seconds < 5
+
+
+def test_one_thread_is_timed_by_its_own_work():
+    assert measure.thread_seconds(lambda: time.sleep(0.2)) < 0.1
+    assert measure.thread_seconds(lambda: sum(range(10**6))) > 1e-3
+
+
 def test_contention_is_said():
     quiet = measure.Contention(1)
-    quiet.load, quiet.before = 0.0, quiet._preemptions() + 10**6
+    quiet.load, quiet.before = 0.0, measure.preemptions() + 10**6
     assert quiet.text() == ""
     quiet.load = 64.0
     assert re.search(r"load average 64.0 plus our 1 threads on \d+ CPUs", quiet.text())
@@ -122,7 +136,7 @@ def test_contention_is_said():
 @pytest.fixture
 def believed(monkeypatch):
     """Sets the kernels that the command measures; its clock believes what their calls return."""
-    monkeypatch.setattr(measure, "cpu_seconds", told)
+    monkeypatch.setattr(measure, "clock_of", lambda device: told)
     return lambda runs: monkeypatch.setattr(measure, "implementations", lambda: runs)
 
 

@@ -1,6 +1,5 @@
 """python -m flashinfer_lite tune: measure inflection points, or check those in force."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -123,13 +122,14 @@ def work_of(args) -> list[tuple[str, int, int, str]]:
 
 
 class Bar:
-    """tqdm's bar on stderr, where there is tqdm and a terminal."""
+    """tqdm's bar on stderr, where there is tqdm and a terminal; else nothing."""
 
     def __init__(self, work):
-        self.bar = None
-        with contextlib.suppress(ImportError):
+        try:
             from tqdm import tqdm
-
+        except ImportError:
+            self.bar = None
+        else:
             self.bar = tqdm(total=len(work), disable=None, unit="shape", leave=False)
 
     def show(self, title):
@@ -137,26 +137,31 @@ class Bar:
         if self.bar is not None:
             self.bar.set_description(title)
 
-    def tick(self):
-        """Redraw the clock."""
+    def tick(self, shapes=0):
+        """So many shapes more are done."""
         if self.bar is not None:
-            self.bar.refresh()
+            self.bar.update(shapes)
 
-    def step(self):
-        """One shape is done."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def print(self, text):
-        """A line of output, above the bar."""
+    def print(self, lines):
+        """Lines of output, above the bar."""
         if self.bar is not None:
             self.bar.clear()
-        print(text, flush=True)
+        print("\n".join(lines), flush=True)
 
     def close(self):
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _options(args, dtype, bar):
+    return {
+        "dtype": getattr(torch, dtype),
+        "device": torch.device(args.device),
+        "max_m": args.max_m,
+        "seconds": args.seconds,
+        "progress": bar.tick,
+    }
 
 
 def _header(args, work):
@@ -175,21 +180,12 @@ def tune(args) -> int:
     try:
         for dtype, n, k, names in work:
             bar.show(f"{dtype} [{n}, {k}]")
-            entry = tuning.tune_shape(
-                runs,
-                n,
-                k,
-                dtype=getattr(torch, dtype),
-                device=torch.device(args.device),
-                max_m=args.max_m,
-                seconds=args.seconds,
-                progress=bar.tick,
-            )
+            entry = tuning.tune_shape(runs, n, k, **_options(args, dtype, bar))
             table.entries[dtype, n, k] = entry
             table.contention = contention.text() if args.device == "cpu" else ""
             table.save(output)  # after each, so that an interruption keeps what there is
-            bar.step()
-            bar.print("\n".join(entry_lines(dtype, n, k, names, entry)))
+            bar.tick(1)
+            bar.print(entry_lines(dtype, n, k, names, entry))
     except OSError as error:
         print(f"tune: --output: expected a file to write, got {output}: {error}", file=sys.stderr)
         return 2
@@ -229,13 +225,15 @@ def entry_lines(dtype, n, k, names, entry) -> list[str]:
     """What tune prints of a shape: the points, and the times in microseconds."""
     title = f"{dtype} [{n}, {k}]" + (f" {names}" if names else "")
     ms = sorted(entry.curves["vendor"])
+    few = ": too few, give it more --seconds" if entry.rounds < measure.MIN_ROUNDS else ""
     lines = [
         f"\n{title}: gemv to M1 = {entry.m1}, flat_gemm to M2 = {entry.m2}, then vendor "
-        f"({entry.rounds} rounds)",
-        "  M         " + "".join(f"{m:>8}" for m in ms),
+        f"({entry.rounds} rounds{few})",
+        "  M           " + "".join(f" {m:>7}" for m in ms),
     ]
     for kernel, curve in entry.curves.items():
-        lines.append(f"  {kernel:9} us" + "".join(f"{1e6 * curve[m]:>8.4g}" for m in ms))
+        micro = [1e6 * curve[m] for m in ms]
+        lines.append(f"  {kernel:9} us" + "".join(f" {us:>7.{us < 100:d}f}" for us in micro))
     return lines
 
 
@@ -252,21 +250,10 @@ def check(args) -> int:
     try:
         for dtype, n, k, names in work:
             bar.show(f"{dtype} [{n}, {k}]")
-            of_shape = list(
-                tuning.check_shape(
-                    runs,
-                    n,
-                    k,
-                    dtype=getattr(torch, dtype),
-                    device=torch.device(args.device),
-                    max_m=args.max_m,
-                    seconds=args.seconds,
-                    progress=bar.tick,
-                )
-            )
+            of_shape = list(tuning.check_shape(runs, n, k, **_options(args, dtype, bar)))
             found += of_shape
-            bar.step()
-            bar.print("\n".join(check_lines(dtype, n, k, names, of_shape)))
+            bar.tick(1)
+            bar.print(check_lines(dtype, n, k, names, of_shape))
     finally:
         bar.close()
     if args.device == "cpu":

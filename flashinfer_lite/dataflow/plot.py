@@ -38,42 +38,44 @@ def plot(table: Table, path: str | os.PathLike) -> None:
         raise ValueError("table: expected at least one shape to plot, got none")
     columns = min(3, len(table.entries))
     rows = -(-len(table.entries) // columns)
+    height = 3.4 * rows + 0.8
     figure, grid = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.4 * rows + 0.6), dpi=120, squeeze=False
+        rows, columns, figsize=(4.4 * columns, height), dpi=120, squeeze=False
     )
     for axes in grid.flat[len(table.entries) :]:
         axes.set_axis_off()
-    for axes, ((dtype, n, k), entry) in zip(grid.flat, sorted(table.entries.items()), strict=False):
-        for kernel in KERNELS:
-            curve = entry.curves[kernel]
-            micro = [1e6 * seconds for seconds in curve.values()]
-            axes.plot(list(curve), micro, ".-", color=COLOURS[kernel], label=kernel, linewidth=1)
-        for name, m, kernel in (("M1", entry.m1, "gemv"), ("M2", entry.m2, "flat_gemm")):
-            if m:
-                axes.axvline(m, color=COLOURS[kernel], linestyle=":", linewidth=1)
-                axes.annotate(
-                    f"{name} = {m}",
-                    (m, 0.02 if name == "M1" else 0.1),
-                    fontsize=8,
-                    xycoords=("data", "axes fraction"),
-                    textcoords="offset points",
-                    xytext=(3, 0),
-                )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ticks = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256) if m <= max(entry.curves["vendor"])]
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
-        axes.set_title(f"{dtype} [{n}, {k}]", fontsize=9)
-        axes.set_xlabel("M, rows of x", fontsize=8)
-        axes.set_ylabel("us a call, cold weights", fontsize=8)
-        axes.tick_params(labelsize=8)
-    grid.flat[0].legend(fontsize=8)
+    for axes, (key, entry) in zip(grid.flat, sorted(table.entries.items()), strict=False):
+        _draw(axes, *key, entry)
+    grid.flat[0].legend(fontsize=8, loc="upper left")
     note = f"\nWARNING: {table.contention}" if table.contention else ""
-    figure.suptitle(f"{table.device}; torch {table.torch}; {table.date}{note}", fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(f"{table.device}\ntorch {table.torch}; {table.date}{note}", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / height))
     _save(figure, Path(path))
     plt.close(figure)
+
+
+def _draw(axes, dtype, n, k, entry):
+    for kernel in KERNELS:
+        curve = entry.curves[kernel]
+        micro = [1e6 * seconds for seconds in curve.values()]
+        axes.plot(list(curve), micro, ".-", color=COLOURS[kernel], label=kernel, linewidth=1)
+    last = max(entry.curves["vendor"])
+    for name, m, kernel, y in (("M1", entry.m1, "gemv", 0.03), ("M2", entry.m2, "flat_gemm", 0.1)):
+        if m:
+            side = "right" if m > last / 4 else "left"
+            axes.axvline(m, color=COLOURS[kernel], linestyle=":", linewidth=1)
+            axes.text(
+                m, y, f" {name} = {m} ", transform=axes.get_xaxis_transform(), ha=side, fontsize=8
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = [m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if m <= last]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.xaxis.minorticks_off()
+    axes.set_title(f"{dtype} [{n}, {k}]", fontsize=9)
+    axes.set_xlabel("M, rows of x", fontsize=8)
+    axes.set_ylabel("us a call, cold weights", fontsize=8)
+    axes.tick_params(labelsize=8)
 
 
 def _save(figure, path):

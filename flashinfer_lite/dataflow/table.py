@@ -59,8 +59,8 @@ class Entry:
 
     Attributes:
         m1, m2: gemv for M <= m1, flat_gemm for m1 < M <= m2, vendor beyond.
-        curves: {kernel: {M: median seconds}}.
-        rounds: of which the medians were taken; the fewest of any M.
+        curves: {kernel: {M: seconds}}, each the median of the faster half of the rounds.
+        rounds: the fewest of any M.
     """
 
     m1: int

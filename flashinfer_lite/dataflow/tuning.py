@@ -9,11 +9,18 @@ import torch
 
 from flashinfer_lite.dataflow.choice import choose
 from flashinfer_lite.dataflow.inflection import KERNELS, between, inflection_points
-from flashinfer_lite.dataflow.measure import Contention, implementations, measure, medians
+from flashinfer_lite.dataflow.measure import (
+    Contention,
+    curves_of,
+    implementations,
+    measure,
+    typical,
+)
 from flashinfer_lite.dataflow.table import Entry, Table, device_key
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ALLOWED = 0.97  # of the speed of the best of the three
+CONFIRMING_ROUNDS = 8
 
 
 def grid(max_m: int) -> list[int]:
@@ -50,9 +57,9 @@ def tune_shape(
     options = {"dtype": dtype, "device": device, "progress": progress, "clock": clock}
     ms = grid(max_m)
     times = measure(runs, n, k, ms, seconds=0.7 * seconds, **options)
-    if more := between(inflection_points(medians(times)), ms):
+    if more := between(inflection_points(curves_of(times)), ms):
         times |= measure(runs, n, k, more, seconds=0.3 * seconds, **options)
-    curves = medians(times)
+    curves = curves_of(times)
     m1, m2 = inflection_points(curves)
     fewest = min(max(map(len, of_m.values())) for of_m in times.values())
     return Entry(m1, m2, curves, fewest)
@@ -140,8 +147,8 @@ def check_shape(
 ) -> Iterator[Checked]:
     """Measure the choice in force beside the three kernels; yield what came out for each M.
 
-    A ratio below 0.97 counts as a failure if a second measurement of that M, with as much time as
-    the first took for all, finds it again, and with it three quarters of its rounds.
+    A ratio below 0.97 counts as a failure if a second measurement of that M, of the choice and the
+    best alone, finds it again, and with it three quarters of its rounds.
 
     Args:
         runs: as for `tune_shape`, and "auto", which goes by the table in force.
@@ -150,20 +157,22 @@ def check_shape(
     options = {"dtype": dtype, "device": device, "progress": progress, "clock": clock}
     options |= {"prune": False, "seconds": seconds}
     times = measure(runs, n, k, grid(max_m), **options)
-    ratios = {m: against_best(of_m) for m, of_m in times.items()}
-    doubtful = [m for m, (_, found) in ratios.items() if statistics.median(found) < ALLOWED]
-    again = measure(runs, n, k, doubtful, **options) if doubtful else {}
-    ratios |= {m: against_best(of_m) for m, of_m in again.items()}
-    for m, (best, found) in ratios.items():
-        below = sum(ratio < ALLOWED for ratio in found)
-        failed = m in again and statistics.median(found) < ALLOWED and below >= 0.75 * len(found)
-        chosen = choose(device.type, dtype, n, k, m)
-        yield Checked(n, k, m, chosen, best, statistics.median(found), failed)
+    for m, of_m in times.items():
+        best, ratios = against_best(of_m)
+        ratio, failed = statistics.median(ratios), False
+        if ratio < ALLOWED:
+            both = {name: runs[name] for name in (best, "auto")}
+            again = measure(both, n, k, [m], least=CONFIRMING_ROUNDS, **options)[m]
+            ratios = [b / a for b, a in zip(again[best], again["auto"], strict=True)]
+            ratio = statistics.median(ratios)
+            below = sum(one < ALLOWED for one in ratios)
+            failed = ratio < ALLOWED and below >= 0.75 * len(ratios)
+        yield Checked(n, k, m, choose(device.type, dtype, n, k, m), best, ratio, failed)
 
 
 def against_best(times: dict[str, list[float]]) -> tuple[str, list[float]]:
-    """(the fastest of the three by its median, [its time over auto's in each round])."""
-    best = min(KERNELS, key=lambda name: statistics.median(times[name]))
+    """(the fastest of the three, [its time over auto's in each round])."""
+    best = min(KERNELS, key=lambda name: typical(times[name]))
     return best, [b / a for b, a in zip(times[best], times["auto"], strict=True)]
 
 
