@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hf_models import ALL_FAMILIES, hf, make_batch, make_cache, make_model, transformers
 
 import flashinfer_lite
+from flashinfer_lite import gemm
+from flashinfer_lite.dataflow import choose
 from flashinfer_lite.hf import linear as hf_linear
 from flashinfer_lite.testing import assert_close, assert_same_bits
 
@@ -19,15 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def flat_calls(monkeypatch):
-    """Shapes of what `flat_linear` was given, in order."""
+    """Shapes of what flat_linear was given, in order."""
     calls = []
-    inner = flashinfer_lite.flat_linear
+    inner = gemm.unchecked
 
-    def counting(x, weight, bias=None, **kwargs):
+    def counting(x, weight, bias):
         calls.append((tuple(x.shape), tuple(weight.shape), bias is not None))
-        return inner(x, weight, bias, **kwargs)
+        return inner(x, weight, bias)
 
-    monkeypatch.setattr(flashinfer_lite, "flat_linear", counting)
+    monkeypatch.setattr(gemm, "unchecked", counting)
     return calls
 
 
@@ -106,10 +109,25 @@ def test_autocast_keeps_its_cached_casts(device, flat_calls):
     with torch.autocast(device.type, torch.bfloat16):
         for given in (x, x.bfloat16()):
             assert_same_bits(layer(given), plain(given), "out")
+    layer.half(), plain.half()  # bfloat16 comes out all the same
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_same_bits(layer(x.half()), plain(x.half()), "out")
     assert not flat_calls
-    layer.bfloat16()
-    with torch.autocast(device.type, torch.bfloat16):  # nothing to cast: ours again
-        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ("weight", "bias"))
+@torch.no_grad()
+def test_parameters_of_another_kind(device, flat_calls, name):
+    """Pruned layers compute their weight or bias: it is no parameter any more."""
+    layer, plain = make_layer(device), torch.nn.Linear(24, 40, device=device)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 24, device=device)
+    for pruned in (layer, plain):
+        torch.nn.utils.prune.l1_unstructured(pruned, name, amount=0.5)
+    assert_same_bits(layer(x), plain(x), "out")
+    torch.nn.utils.prune.remove(layer, name)
+    assert not flat_calls
+    layer(x)
     assert len(flat_calls) == 1
 
 
@@ -203,10 +221,7 @@ def test_kernels_ran(device, family):
     model = make_model(family, device=device, dtype=torch.bfloat16)
     ids = make_batch(device=device)["input_ids"][:, :1]
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    ours = sum(
-        flashinfer_lite.dataflow.choose(device.type, torch.bfloat16, n, k, 3) != "vendor"
-        for n, k in shapes
-    )
+    ours = sum(choose(device.type, torch.bfloat16, n, k, 3) != "vendor" for n, k in shapes)
     assert ours, "the test needs a shape that is not the vendor's"
     calls = []
     for linear in (False, True):
