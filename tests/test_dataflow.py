@@ -377,13 +377,17 @@ def test_explicit_load(tmp_path, monkeypatch):
     assert choices() == ["gemv"] * 5 + ["vendor"]
 
 
-def test_shipped_defaults():
-    for device_type, dtypes in DEFAULTS.items():
-        for dtype, shapes in dtypes.items():
-            assert shapes
-            for (n, k), points in shapes.items():
-                assert 0 <= points[0] <= points[1]
-                assert dataflow.thresholds(device_type, dtype, n, k) == points
+@pytest.mark.parametrize("processor", DEFAULTS)
+def test_shipped_defaults(processor, monkeypatch):
+    capability = "AVX512" if "avx512" in processor else "AVX2"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for dtype, shapes in DEFAULTS[processor].items():
+        for (n, k), points in shapes.items():
+            assert 0 <= points[0] <= points[1]
+            assert dataflow.thresholds(processor.split()[0], dtype, n, k) == points
+
+
+def test_what_only_the_vendor_takes():
     for device_type, dtype in (("cpu", torch.float64), ("cuda", torch.float32), ("meta", None)):
         assert dataflow.choose(device_type, dtype, 4096, 4096, 1) == "vendor"
     assert dataflow.choose("cpu", torch.float32, 0, 64, 1) == "vendor"

@@ -2,23 +2,59 @@
 
 import functools
 import math
-import operator
 import os
 import warnings
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import torch
+from torch import get_num_threads
 
 from flashinfer_lite.dataflow.table import Table, TableError, device_key
 
 VENDOR_ONLY = (0, 0)  # thresholds of what gemv and flat_gemm do not take
-# Shipped (M1, M2) by device type, dtype and [N, K], for a device without a table of its own.
+# Shipped (M1, M2) by processor, dtype and [N, K], for a device without a table of its own.
 DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] = {
+    # Measured on an AMD EPYC (avx2, 1 thread, torch 2.13) by `python -m flashinfer_lite tune`, up
+    # to M = 64, where torch's 16-bit products still took four times as long, and 128 for K = 576.
     "cpu": {
-        torch.float32: {(4096, 4096): (4, 16)},
-        torch.bfloat16: {(4096, 4096): (4, 32)},
-        torch.float16: {(4096, 4096): (4, 32)},
+        torch.float32: {
+            (192, 576): (4, 15),
+            (576, 576): (1, 24),
+            (576, 1536): (15, 16),
+            (1536, 576): (4, 32),
+            (49152, 576): (3, 64),
+            (4096, 4096): (8, 64),
+            (4096, 11008): (8, 64),
+            (11008, 4096): (8, 64),
+            (12288, 4096): (7, 64),
+        },
+        torch.bfloat16: {
+            (192, 576): (64, 128),
+            (576, 576): (64, 128),
+            (576, 1536): (128, 128),
+            (1536, 576): (12, 128),
+            (49152, 576): (4, 128),
+            (4096, 4096): (64, 64),
+            (4096, 11008): (12, 64),
+            (11008, 4096): (16, 64),
+            (12288, 4096): (12, 64),
+        },
+        torch.float16: {
+            (192, 576): (15, 128),
+            (576, 576): (8, 128),
+            (576, 1536): (128, 128),
+            (1536, 576): (4, 128),
+            (49152, 576): (3, 64),
+        },
+    },
+    # Reasoned, not measured: torch multiplies 16-bit numbers natively there, so it catches up as
+    # soon as a product is more than reading the weight.
+    "cpu avx512": {
+        torch.float32: {(4096, 4096): (8, 32)},
+        torch.bfloat16: {(4096, 4096): (4, 16)},
+        torch.float16: {(4096, 4096): (4, 16)},
     },
     # Reasoned, not measured: one row reads the weight once on CUDA cores as fast as on tensor
     # cores, more rows repeat its arithmetic; past 64 rows the vendor's tiles are no longer padding.
@@ -74,7 +110,7 @@ def in_force(device_type: str) -> InForce:
 
 
 def _threads(device_type):
-    return torch.get_num_threads() if device_type == "cpu" else 0
+    return get_num_threads() if device_type == "cpu" else 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +178,9 @@ def nearest(shapes, n: int, k: int) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)
 def _thresholds(device_type, dtype, n, k, threads):
     """((M1, M2), where they come from)."""
-    shipped = DEFAULTS.get(device_type, {}).get(dtype)
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = device_type == "cpu" and capability.startswith("AVX512")
+    shipped = DEFAULTS.get("cpu avx512" if wide else device_type, {}).get(dtype)
     if shipped is None or not n or not k:
         return VENDOR_ONLY, f"no other kernel takes {dtype} on {device_type}"
     found = _in_force(device_type, threads)
@@ -167,7 +205,8 @@ def thresholds(device_type: str, dtype: torch.dtype, n: int, k: int) -> tuple[in
     by the sum of |log| of the ratios of N and K; without a table the same rule on the shipped
     defaults. (0, 0) for what only the vendor takes.
     """
-    return _thresholds(device_type, dtype, n, k, _threads(device_type))[0]
+    threads = get_num_threads() if device_type == "cpu" else 0
+    return _thresholds(device_type, dtype, n, k, threads)[0]
 
 
 def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
@@ -189,8 +228,8 @@ def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
         >>> choose("cpu", torch.float64, 4096, 4096, 1)
         'vendor'
     """
-    # operator.index makes a number of what dynamo traces as a symbol: weights may be dynamic there.
-    last_gemv, last_flat = thresholds(device_type, dtype, operator.index(n), operator.index(k))
+    # index makes a number of what dynamo traces as a symbol: weights may be dynamic there.
+    last_gemv, last_flat = thresholds(device_type, dtype, index(n), index(k))
     if m <= last_gemv:
         return "gemv"
     return "flat_gemm" if m <= last_flat else "vendor"
