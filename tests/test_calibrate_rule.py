@@ -214,6 +214,7 @@ def test_chunks_are_the_softmax_of_the_oracle(device, causal, window, lengths, m
     lse = []
     for scores, visible in collect.score_chunks(q, k, **options):
         assert scores.dtype == torch.float32 and scores.shape[2] <= 2
+        assert scores[visible.expand_as(scores)].isfinite().all(), "hidden by -inf is not seen"
         lse.append(scores.masked_fill(~visible, -INF).double().logsumexp(-1))
     _, expected = reference.attention(q, k, k, **options, return_lse=True, dtype=torch.float64)
     if lse:
@@ -265,6 +266,24 @@ def test_it_reads_what_it_wrote(device, tmp_path):
             assert ours == theirs
         loaded.save(tmp_path / "d.json")
         assert (tmp_path / "c.json").read_bytes() == (tmp_path / "d.json").read_bytes()
+
+
+def test_the_picture_has_what_the_layers_have(device, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the picture needs it")
+    drawn, save = [], figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path))
+    )
+    calibration = make_calibration()
+    calibration.plot(tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    lines = [[list(map(float, line.get_xdata())) for line in axes.lines] for axes in (left, right)]
+    assert calibration.phi(0) in lines[0] and list(calibration.layers[2].score_range) in lines[0]
+    assert [-30.0, -30.0] in lines[1] and [30.0, 30.0] in lines[1]
+    colours = [[mesh.cmap.name for mesh in axes.collections] for axes in (left, right)]
+    # Layer 1 has no attention, layer 2 one head and no phi.
+    assert colours == [["Blues"] * 2, ["Blues", "Blues", "Reds"]]
 
 
 def test_the_other_dtype_from_the_same_measurement(device):

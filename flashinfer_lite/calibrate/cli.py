@@ -1,5 +1,6 @@
 """python -m flashinfer_lite calibrate"""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ def _run(args) -> int:
         path = getattr(args, name)
         if path and not Path(path).resolve().parent.is_dir():
             args.error(f"--{name}: expected a file in a folder that exists, got {path}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        args.error("--plot: expected matplotlib to be installed, got none: pip install matplotlib")
     model, tokenizer = _load(args)
     try:
         calibration = calibrate(
@@ -52,6 +55,8 @@ def _run(args) -> int:
         name, _, rest = str(error).partition(": ")
         option = "text" if name == "texts" else name.replace("_", "-")
         args.error(f"--{option}: {rest}" if hasattr(args, option.replace("-", "_")) else str(error))
+    except NotImplementedError as error:  # an argument of its attention, which hf.patch refuses too
+        args.error(f"MODEL_DIR: {type(model).__name__} is not supported: {error}")
     print(calibration.summary())
     calibration.save(args.output)
     if args.plot:
