@@ -41,6 +41,7 @@ class Kernel:
         return self.sixteen_bit_instructions if dtype in SIXTEEN_BIT else self.float32_instructions
 
 
+FLAT_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 TENSOR_CORE = ("HMMA", "LDSM", "LDGSTS", "MUFU.EX2")
 KERNELS = {
     ("attention_fwd", 80): Kernel(
@@ -61,6 +62,18 @@ KERNELS = {
         sixteen_bit_instructions=("LDG", "STG", "MUFU.EX2"),
         float32_instructions=("LDG", "STG", "MUFU.EX2"),
     ),
+    ("flat_gemm", 80): Kernel(
+        namespace="flat_gemm",
+        fields=FLAT_FIELDS,
+        sixteen_bit_instructions=("HMMA", "LDSM", "LDGSTS", "ATOMG"),
+        float32_instructions=(),
+    ),
+    ("gemv", 80): Kernel(
+        namespace="gemv",
+        fields=("block_m", "block_n", "num_warps"),
+        sixteen_bit_instructions=("LDG.E.128", "FFMA", "SHFL"),
+        float32_instructions=(),
+    ),
 }
 
 
@@ -79,8 +92,9 @@ class Row:
     dtype: str
     partial: str | None = None  # dtype of the partial results that a combine kernel reads
     head_dim: int | None = None
-    block_m: int | None = None  # query rows per block
-    block_n: int | None = None  # keys per step
+    block_m: int | None = None  # query rows per block; of flat_gemm and gemv: rows of x
+    block_n: int | None = None  # keys per step; of flat_gemm and gemv: rows of the weight per block
+    block_k: int | None = None  # columns of the weight per step
     num_warps: int | None = None
     num_stages: int | None = None
     allow_spill: Spill | None = None  # without it, a spill fails the report
@@ -92,6 +106,8 @@ class Row:
             parts.append(f"from_{self.partial}")
         if self.head_dim is not None:
             parts.append(f"d{self.head_dim}")
+        elif self.block_m is not None:
+            parts.append(f"m{self.block_m}")
         if (self.num_stages or 1) > 1:
             parts.append(f"s{self.num_stages}")
         if (self.num_warps or 1) > 4:
@@ -111,6 +127,8 @@ def rows(dtypes, **fields):
 attention_fwd_sm80 = partial(rows, kernel="attention_fwd", arch=80, num_stages=1)
 decode_sm80 = partial(rows, kernel="decode", arch=80, block_m=16)
 combine_sm80 = partial(rows, kernel="combine", arch=80)
+flat_gemm_sm80 = partial(rows, SIXTEEN_BIT, kernel="flat_gemm", arch=80, block_k=64, num_warps=4)
+gemv_sm80 = partial(rows, SIXTEEN_BIT, kernel="gemv", arch=80, num_warps=4)
 
 ROWS = [
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=64, block_m=128, block_n=64, num_warps=4),
@@ -130,6 +148,14 @@ ROWS = [
     *combine_sm80(["bfloat16"], partial="bfloat16"),
     *combine_sm80(["float16"], partial="float16"),
     *combine_sm80(FLOAT32, partial="float32"),
+    # The least block_m that is enough, or the last.
+    *flat_gemm_sm80(block_m=8, block_n=64, num_stages=6),
+    *flat_gemm_sm80(block_m=16, block_n=64, num_stages=6),
+    *flat_gemm_sm80(block_m=32, block_n=64, num_stages=6),
+    *flat_gemm_sm80(block_m=64, block_n=128, num_stages=4),
+    *gemv_sm80(block_m=1, block_n=4),
+    *gemv_sm80(block_m=2, block_n=8),
+    *gemv_sm80(block_m=4, block_n=8),
 ]
 
 

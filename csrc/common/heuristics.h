@@ -109,4 +109,18 @@ inline int64_t cuda_kv_splits(int64_t work, int64_t slots, int64_t longest) {
   return splits;
 }
 
+constexpr int64_t kFlatGemmStep = 64;         // of K: what splits are multiples of, for every row
+constexpr int64_t kFlatGemmBlocks = 256;      // two for each of the 132 multiprocessors of an H200
+constexpr int64_t kMinStepsPerFlatSplit = 8;  // below, merging costs more than splitting spreads
+constexpr int64_t kMaxFlatSplits = 16;
+
+// Splits of K for a weight [n, k]: the fewest that give kFlatGemmBlocks thread blocks, of 64 rows
+// of the weight each. Neither M nor the device has a say, so that a row's bits depend on neither.
+inline int64_t flat_gemm_splits(int64_t n, int64_t k) {
+  const int64_t tiles = std::max<int64_t>(ceil_div(n, 64), 1);
+  const int64_t most = ceil_div(k, kFlatGemmStep) / kMinStepsPerFlatSplit;
+  return std::clamp<int64_t>(ceil_div(kFlatGemmBlocks, tiles), 1,
+                             std::clamp<int64_t>(most, 1, kMaxFlatSplits));
+}
+
 }  // namespace flashinfer_lite

@@ -21,6 +21,7 @@ struct Instance {
   int head_dim = 0;
   int block_m = 0;
   int block_n = 0;
+  int block_k = 0;
   int num_warps = 0;
   int num_stages = 0;
   int smem_bytes = 0;  // dynamic shared memory of a block
