@@ -117,7 +117,7 @@ def build(ops):
     graph.command("kernelflags", KERNELS.split())
     chosen = instances.selected_rows()
     kernels, listing = compile_kernels(graph, chosen, "", "$kernelflags")
-    host = sources("csrc/simt/*.cpp", "csrc/simt/selftest/*.cpp", "csrc/cuda/dispatch*.cpp")
+    host = sources("csrc/simt/*.cpp", "csrc/simt/selftest/*.cpp", "csrc/cuda/*.cpp")
     host = [graph.compile(path, "$cxxflags") for path in host if path not in (RAW, HOOKS_SOURCE)]
     modules = [graph.link(MODULE, [*kernels, listing, *host], "-shared")]
     modules += add_hooks(graph, chosen, host)

@@ -1,19 +1,47 @@
-// flat_linear on CUDA devices: no kernel yet, and it says so.
+// flat_linear (the flat GEMM of FlashDecoding++) on CUDA devices.
+#include "cuda/flat_linear.h"
 #include "ops/flat_linear.h"
 #include "ops/runtime_cuda.h"
 
 namespace flashinfer_lite {
 namespace {
 
-Tensor flat_linear(const Tensor& /*x*/, const Tensor& /*weight*/,
-                   const std::optional<Tensor>& /*bias*/, std::string /*kernel*/) {
-  fail("flat_linear: no CUDA kernel yet; impl='vendor' runs there");
+void run(CudaFlatLinearParams& p, const Tensor& x, FlatLinearKernel kernel) {
+  count_cuda_call();
+  if (p.m == 0 || p.n == 0) return;
+  const CudaContext context(x);
+  const cuda::Instance& row =
+      cuda::choose_flat_linear(kernel, cuda_element_type(x.scalar_type()), p.m, context.device);
+  const cuda::FlatLinearPlan plan = cuda::plan_flat_linear(p, row, 0);
+  std::optional<Tensor> partial;
+  Tickets tickets;
+  if (plan.splits > 1) {
+    partial = torch::stable::new_empty(x, {plan.num_partials()}, ScalarType::Float);
+    tickets = cuda_tickets(context, x, plan.num_tickets());
+    p.partial = static_cast<float*>(partial->data_ptr());
+    p.tickets = tickets.data;
+  }
+  const Status status = cuda::run_flat_linear(p, plan, context.stream);
+  check_launch(status, context, row, plan.num_blocks());
 }
 
-void flat_linear_out(const Tensor& /*x*/, const Tensor& /*weight*/,
-                     const std::optional<Tensor>& /*bias*/, std::string /*kernel*/,
-                     Tensor /*out*/) {
-  fail("flat_linear: no CUDA kernel yet; impl='vendor' runs there");
+Tensor flat_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::string kernel) {
+  CudaFlatLinearParams p;
+  const FlatLinearKernel which = flat_linear_kernel(kernel);
+  set_flat_linear(p, x, weight, bias, DeviceType::CUDA);
+  Tensor out = new_flat_linear_out(p, x);
+  run(p, x, which);
+  return out;
+}
+
+void flat_linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     std::string kernel, Tensor out) {
+  CudaFlatLinearParams p;
+  const FlatLinearKernel which = flat_linear_kernel(kernel);
+  set_flat_linear(p, x, weight, bias, DeviceType::CUDA);
+  set_flat_linear_out(p, x, out);
+  run(p, x, which);
 }
 
 }  // namespace

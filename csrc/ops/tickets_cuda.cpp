@@ -11,7 +11,7 @@
 namespace flashinfer_lite {
 namespace {
 
-constexpr int64_t kFewest = 4096;  // of a buffer that lives on: more than a grid that splits has
+constexpr int64_t kFewest = 256;  // of a buffer that lives on: a grid that splits has fewer tiles
 
 struct Buffer {
   uint32_t* data = nullptr;

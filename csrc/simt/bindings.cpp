@@ -70,6 +70,7 @@ py::dict instance_dict(const Instance& row) {
   values["head_dim"] = row.head_dim;
   values["block_m"] = row.block_m;
   values["block_n"] = row.block_n;
+  values["block_k"] = row.block_k;
   values["num_warps"] = row.num_warps;
   values["num_stages"] = row.num_stages;
   values["smem_bytes"] = row.smem_bytes;

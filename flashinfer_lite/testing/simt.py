@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from flashinfer_lite import _check
+from flashinfer_lite.testing.simt_flat import FlatLinear
 
 _ROOT = Path(__file__).parents[2]
 _CAUSAL_TOP_LEFT = 2
@@ -118,6 +119,35 @@ class Executor:
         p.lse = lse.data_ptr()
         self._run(memory, lambda: self.module.combine(p, NAMES[outs.dtype], self.device))
         return out.clone(), lse.clone()
+
+    def flat_linear(
+        self,
+        x,
+        weight,
+        bias=None,
+        *,
+        kernel="flat_gemm",
+        splits=0,
+        out_row=0,
+        out_offset=0,
+        launches=1,
+    ):
+        """`flashinfer_lite.flat_linear` on the executor, its arguments in simt_flat.py.
+
+        Launched so many times on the same memory; `outs` has the results, the last is returned.
+        """
+        memory = _Memory(self.module)
+        call = FlatLinear(self, memory, x, weight, bias, kernel, splits, out_row, out_offset)
+        self.plan, self.outs = call.plan, []
+
+        def launch():
+            for _ in range(launches):
+                self.outs.append(call.launch())
+                if not self.tolerate:
+                    call.check()
+
+        self._run(memory, launch)
+        return self.outs[-1]
 
     def _run(self, memory, launch):
         session = self.module.Session(**self.options)
