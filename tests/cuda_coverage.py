@@ -2,7 +2,7 @@
 
 The `executor` fixture makes executors that look at each call's arguments and results and record
 which features of which row it met. The terminal summary prints the table. A session that ran a
-row's tests of test_cuda_kernels.py fails if a cell of that row is empty, unless REFUSED says why.
+row's tests, of a file in MATRICES, fails if a cell of that row is empty, unless REFUSED says why.
 """
 
 import string
@@ -21,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 from instances import ROWS
 
 PROPERTY = "cuda_cell"
-MATRIX = "test_cuda_kernels.py"
+MATRICES = {
+    "test_cuda_kernels.py": ("attention_fwd", "decode", "combine"),
+    "test_cuda_flat.py": ("flat_gemm", "gemv"),
+}
 EXECUTOR = ("late copies", "eager copies", "block order", "2 OS threads")
 ATTENTION = (
     *("all keys", "causal q<kv", "causal q=kv", "causal q>kv"),
@@ -40,10 +43,19 @@ COMBINE = (
     *("1 state", "2 states", "7 states", "40 states", "empty states", "NaN in empty state"),
     *("strides", "columns % 32"),
 )
+FLAT_LINEAR = (
+    *("M 1", "M < block_m", "M = block_m", "M > block_m"),
+    *("N < block_n", "N = block_n", "N > block_n", "K % 8", "K < 1 step", "K > ring"),
+    *("bias", "no bias", "padded rows", "stride 0", "misaligned x", "misaligned weight"),
+    *("padded out", "misaligned out", "NaN behind rows", "NaN in x", "NaN in weight"),
+)
+FLAT_GEMM = ("1 split", "2 splits", "7 splits", "empty splits", "same tickets", "any block_m")
 FEATURES = {
     "attention_fwd": (*ATTENTION, *EXECUTOR),
     "decode": (*ATTENTION, *DECODE, *EXECUTOR),
     "combine": (*COMBINE, *EXECUTOR),
+    "flat_gemm": (*FLAT_LINEAR, *FLAT_GEMM, *EXECUTOR),
+    "gemv": (*FLAT_LINEAR, *EXECUTOR),
 }
 # What the host code never asks of a row.
 REFUSED = {
@@ -53,6 +65,9 @@ REFUSED = {
         ("1 state", "decode with one split writes out itself"),
         ("strides", "decode's partials are contiguous"),
     )
+} | {
+    (f"gemv_sm80_{dtype}_m1", "M < block_m"): "there is no M below 1"
+    for dtype in ("bfloat16", "float16")
 }
 
 
@@ -128,6 +143,31 @@ def _results(q, k, v, out, lse):
         yield "extreme logits"
 
 
+def _flat_sizes(row, m, n, k):
+    for name, size, block in (("M", m, row.block_m), ("N", n, row.block_n)):
+        relation = "<" if size < block else "=" if size == block else ">"
+        yield f"{name} {relation} block_{name.lower()}"
+    step = row.block_k or 256 * row.num_warps
+    yield from (["M 1"] if m == 1 else [])
+    yield from (["K % 8"] if k % 8 else [])
+    yield from (["K < 1 step"] if k < step else [])
+    yield from (["K > ring"] if k > step * (row.num_stages or 1) else [])
+
+
+def _flat_layouts(x, weight, out_row=0, out_offset=0):
+    for name, t in (("x", x), ("weight", weight)):
+        if t.shape[0] > 1 and t.stride(0) != t.shape[1]:
+            yield "stride 0" if t.stride(0) == 0 else "padded rows"
+        if t.data_ptr() % 16 or (t.stride(0) * 2 % 16 and t.shape[0] > 1):
+            yield f"misaligned {name}"
+        if not t.isfinite().all():
+            yield f"NaN in {name}"
+    if out_row > weight.shape[0]:
+        yield "padded out"
+    if out_offset % 4 or out_row % 4:
+        yield "misaligned out"
+
+
 class Recording(simt.Executor):
     """An executor of one row that tells `record` of every (row name, feature) that it meets."""
 
@@ -182,6 +222,22 @@ class Recording(simt.Executor):
             self.record(merged, f"combine_sm80_{self.row.dtype}_from_float32")
         return (out, lse) if return_lse else out
 
+    def flat_linear(self, x, weight, bias=None, **options):
+        out = super().flat_linear(x, weight, bias, **options)
+        splits, launches = self.plan.splits, options.get("launches", 1)
+        layout = {key: options.get(key, 0) for key in ("out_row", "out_offset")}
+        self.record(
+            [
+                *_flat_sizes(self.row, *x.shape[:1], *weight.shape),
+                *_flat_layouts(x, weight, **layout),
+                "no bias" if bias is None else "bias",
+                "1 split" if splits == 1 else f"{splits} splits",
+                *(["empty splits"] if splits > -(-x.shape[1] // 64) else []),
+                *(["same tickets"] if splits > 1 and launches > 1 else []),
+            ]
+        )
+        return out
+
     def merge_states(self, outs, lses):
         out, lse = super().merge_states(outs, lses)
         empty = lses == -torch.inf
@@ -211,20 +267,21 @@ def executor(record_property):
 
 
 def _cells(reporter):
-    """How many tests met each (row, feature), and whether the whole matrix was asked for."""
-    cells, matrix = Counter(), False
+    """How many tests met each (row, feature), and the kernels whose whole matrix was asked for."""
+    cells, kernels = Counter(), set()
     for report in (*reporter.getreports("passed"), *reporter.getreports("failed")):
         found = [value for name, value in report.user_properties if name == PROPERTY]
         if found and report.when == "call":
             cells.update(tuple(value.split("|")) for value in found)
-            matrix = matrix or MATRIX in report.nodeid
+            for file, of_file in MATRICES.items():
+                kernels.update(of_file if file in report.nodeid else ())
     option = reporter.config.option
     narrowed = (
         option.keyword
         or getattr(option, "lf", False)
         or any("::" in arg for arg in reporter.config.args)
     )
-    return cells, matrix and not narrowed
+    return cells, set() if narrowed else kernels
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -233,12 +290,14 @@ def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or hasattr(session.config, "workerinput"):
         return
-    cells, whole = _cells(reporter)
+    cells, kernels = _cells(reporter)
     empty = [
         f"{feature!r} on {row.name}"
         for row in ROWS
         for feature in FEATURES[row.kernel]
-        if whole and not cells[row.name, feature] and (row.name, feature) not in REFUSED
+        if row.kernel in kernels
+        and not cells[row.name, feature]
+        and (row.name, feature) not in REFUSED
     ]
     if not empty:
         return
