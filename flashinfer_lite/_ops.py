@@ -171,7 +171,7 @@ def _(outs, lses):
 @torch.library.register_fake("flashinfer_lite::flat_linear")
 def _(x, weight, bias, kernel):
     _one_device(x, weight, bias)
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("flashinfer_lite::flat_linear.out")

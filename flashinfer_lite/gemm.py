@@ -11,6 +11,7 @@ from flashinfer_lite.dataflow.choice import choose
 KERNELS = ("gemv", "flat_gemm")  # what the op knows; the other choices are torch's
 IMPLS = ("auto", *KERNELS, "vendor", "reference")
 _NARROW = (torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_NARROW, torch.float32)
 
 
 def flat_linear(
@@ -48,6 +49,15 @@ def flat_linear(
         >>> flashinfer_lite.flat_linear(x, weight).shape
         torch.Size([1, 3, 192])
     """
+    # Decoding calls this hundreds of times a token: what is plainly in order is asked no more.
+    if (
+        impl == "auto"
+        and out is None
+        and weight_scale is None
+        and not batch_invariant
+        and _is_plain(x, weight, bias)
+    ):
+        return unchecked(x, weight, bias)
     x, weight, bias = under_autocast(x, weight, bias)
     kernel = choose_kernel(x, weight, bias, weight_scale, impl, batch_invariant, out)
     if kernel in KERNELS:
@@ -73,78 +83,94 @@ def unchecked(x, weight, bias):
     return out.view(batch_size, seqlen, width)
 
 
+def _choose(x, weight):
+    rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+    return choose("cpu" if x.is_cpu else x.device.type, x.dtype, *weight.shape, rows)
+
+
+def _is_plain(x, weight, bias):
+    """Whether nothing at all is wrong or unusual, by the quickest questions."""
+    return (
+        isinstance(x, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype in _CPU_DTYPES
+        and weight.dtype is x.dtype
+        and weight.dim() == 2
+        and x.shape[-1:] == weight.shape[1:]
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and _ops.built
+        and (bias is None or _is_plain_bias(bias, weight))
+    )
+
+
+def _is_plain_bias(bias, weight):
+    return (
+        isinstance(bias, torch.Tensor)
+        and bias.is_cpu
+        and bias.dtype is weight.dtype
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+    )
+
+
 def _run_native(kernel, x, weight, bias, out):
-    if x.dim() == 2:
-        if out is None:
-            return _ops.flat_linear(x, weight, bias, kernel)
-        _ops.flat_linear_out(x, weight, bias, kernel, out)
-        return out
-    *leading, depth = x.shape
-    rows = x.reshape(math.prod(leading), depth)
+    if x.dim() > 2 and not x.is_contiguous():
+        # A view where the leading dimensions have one stride, as the op wants it.
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).view(x.shape)
     if out is None:
-        return _ops.flat_linear(rows, weight, bias, kernel).view(*leading, weight.shape[0])
-    try:
-        out_rows = out.view(rows.shape[0], weight.shape[0])
-    except RuntimeError:
-        raise ValueError(
-            "out: expected leading dimensions that merge into rows of one stride, got strides "
-            f"{list(out.stride())}"
-        ) from None
-    _ops.flat_linear_out(rows, weight, bias, kernel, out_rows)
+        return _ops.flat_linear(x, weight, bias, kernel)
+    _ops.flat_linear_out(x, weight, bias, kernel, out)
     return out
 
 
 def under_autocast(x, weight, bias):
     """The inputs as autocast wants them."""
-    if not torch.is_tensor(x) or not torch.is_autocast_enabled(_autocast_device(x)):
+    if not isinstance(x, torch.Tensor):
+        return x, weight, bias  # the checks that follow name the culprit
+    if not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
         return x, weight, bias
     if bias is None:
         return *_check.under_autocast(x, weight), None
     return _check.under_autocast(x, weight, bias)
 
 
-def _autocast_device(x):
-    return "cuda" if x.is_cuda else "cpu"
-
-
 def choose_kernel(x, weight, bias, weight_scale, impl, batch_invariant, out):
     """Check everything and name what runs: "gemv", "flat_gemm", "vendor" or "reference"."""
     if weight_scale is not None:
         _check.not_landed(weight_scale=weight_scale)
-    _check_inputs(x, weight, bias)
-    if out is not None:
-        _check_out(out, x, weight)
     if impl not in IMPLS:
         _check.choice("impl", impl, IMPLS)
+    _check_inputs(x, weight, bias)
+    _check_native(x, impl, batch_invariant)
+    if out is not None:
+        _check_out(out, x, weight)
     if batch_invariant:
         if impl not in ("auto", "flat_gemm"):
             raise ValueError(
                 f"impl: expected 'auto' or 'flat_gemm' with batch_invariant, got {impl!r}"
             )
-        impl = "flat_gemm"
-    native = _is_native(x)
-    if impl == "auto":
-        impl = _choose(x, weight) if native else "vendor"
-    elif impl in KERNELS and not native:
-        wanted = "bfloat16 or float16 on CUDA" if x.is_cuda else "float32, bfloat16 or float16"
+        return "flat_gemm"
+    if impl != "auto":
+        return impl
+    return _choose(x, weight)
+
+
+def _check_native(x, impl, batch_invariant):
+    """Refuse a kernel that x's device and dtype do not have."""
+    wanted = "flat_gemm" if batch_invariant else impl
+    native = x.dtype in _NARROW or (x.dtype == torch.float32 and not x.is_cuda)
+    if wanted in KERNELS and not native:
+        dtypes = "bfloat16 or float16 on CUDA" if x.is_cuda else "float32, bfloat16 or float16"
         raise TypeError(
-            f"x: expected dtype {wanted} with impl={impl!r}, got {x.dtype}; "
-            "impl='vendor' runs there"
+            f"x: expected dtype {dtypes} for {wanted}, got {x.dtype}; impl='vendor' runs there"
         )
-    if impl in KERNELS:
+    if native and wanted in ("auto", *KERNELS):
         _check.native("x", x, "; impl='vendor' runs there")
-    return impl
-
-
-def _is_native(x):
-    """Whether there are kernels for x's dtype on its device."""
-    return x.dtype in _NARROW or (x.dtype == torch.float32 and not x.is_cuda)
-
-
-def _choose(x, weight):
-    depth = weight.shape[1]
-    rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
-    return choose(x.device.type, x.dtype, weight.shape[0], depth, rows)
 
 
 def _check_inputs(x, weight, bias):
@@ -202,5 +228,12 @@ def _check_out(out, x, weight):
         raise ValueError(f"out: expected shape {wanted}, got {list(out.shape)}")
     _check_like_x("out", out, x.dtype, x.device)
     _check_last_stride("out", out)
+    try:
+        out.view(math.prod(wanted[:-1]), wanted[-1])
+    except RuntimeError:
+        raise ValueError(
+            "out: expected leading dimensions that merge into rows of one stride, got strides "
+            f"{list(out.stride())}"
+        ) from None
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out: expected a tensor that does not require grad, got one that does")

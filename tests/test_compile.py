@@ -5,7 +5,13 @@ import torch
 import torch._dynamo.testing
 
 import flashinfer_lite
-from flashinfer_lite import attention, decode, flash_attn_func, scaled_dot_product_attention
+from flashinfer_lite import (
+    attention,
+    decode,
+    flash_attn_func,
+    flat_linear,
+    scaled_dot_product_attention,
+)
 from flashinfer_lite.testing import assert_close, assert_same_bits, make_qkv
 
 
@@ -70,6 +76,26 @@ def test_decode_into_out(device, dynamic):
                 got, wanted = run(q, k, v, used, out), step(q, k, v, used, expected)
             for x, y in zip((*got, out), (*wanted, expected), strict=True):
                 assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_flat_linear(device, dynamic, backend):
+    def step(x, weight, bias, out):
+        flat_linear(x, weight, impl="gemv", out=out)
+        # No arithmetic on the results: Inductor would round it once for all.
+        return flat_linear(x, weight, bias), flat_linear(x, weight, batch_invariant=True)
+
+    run = compiled(step, dynamic, backend)
+    weight, bias = torch.randn(24, 40, device=device), torch.randn(24, device=device)
+    weight, bias = weight.bfloat16(), bias.bfloat16()
+    for rows in (1, 3, 7):
+        x = torch.randn(2, rows, 40, device=device).bfloat16()
+        out, expected = x.new_zeros(2, 2, rows, 24)
+        with torch.no_grad():
+            got, wanted = run(x, weight, bias, out), step(x, weight, bias, expected)
+        for value, other in zip((*got, out), (*wanted, expected), strict=True):
+            assert_same_bits(value, other)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

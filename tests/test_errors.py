@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashinfer_lite
-from flashinfer_lite import attention, decode, merge_states
+from flashinfer_lite import attention, decode, flat_linear, merge_states
 from flashinfer_lite.testing import assert_same_bits, force_isa, isa_levels, make_qkv
 
 NAMES = {attention: ("q", "k", "v"), decode: ("q", "k_cache", "v_cache")}
@@ -245,6 +245,55 @@ def test_merge_states_arguments(device, outs, lses, error, message):
     outs, lses = here(outs), here(lses)
     with pytest.raises(error, match=message):
         merge_states(outs, lses)
+
+
+X, WEIGHT = torch.zeros(3, 8), torch.zeros(5, 8)
+FLAT = [
+    ({"x": [1.0]}, TypeError, "^x: expected a torch.Tensor, got list"),
+    ({"weight": None}, TypeError, "^weight: expected a torch.Tensor, got NoneType"),
+    ({"bias": 1.0}, TypeError, "^bias: expected a torch.Tensor, got float"),
+    ({"x": X.int()}, TypeError, "^x: expected dtype float64, .* got torch.int32"),
+    ({"x": torch.zeros(())}, ValueError, r"^x: expected 1 dimension or more, .*got shape \[\]"),
+    ({"x": X[:, :7]}, ValueError, r"^weight: expected shape .*7\] to fit x, got \[5, 8\]"),
+    ({"x": torch.zeros(3, 16)[:, ::2]}, ValueError, "^x: expected the last .*got stride 2"),
+    ({"weight": WEIGHT[0]}, ValueError, r"^weight: expected 2 dimensions .*got shape \[8\]"),
+    ({"weight": WEIGHT.half()}, TypeError, "^weight: expected x's dtype torch.float32, got .*16"),
+    ({"weight": WEIGHT.to("meta")}, ValueError, "^weight: expected x's device .*, got meta"),
+    ({"weight": torch.zeros(8, 5).t()}, ValueError, "^weight: expected the last .*got stride 5"),
+    ({"bias": torch.zeros(4)}, ValueError, r"^bias: expected shape \[5\] \(N\), got \[4\]"),
+    ({"bias": torch.zeros(5, 1)}, ValueError, r"^bias: expected shape \[5\] .*, got \[5, 1\]"),
+    ({"bias": torch.zeros(5).double()}, TypeError, "^bias: expected x's dtype .*, got .*64"),
+    ({"bias": torch.zeros(10)[::2]}, ValueError, "^bias: expected the last .*got stride 2"),
+    ({"weight_scale": torch.ones(5)}, NotImplementedError, "^weight_scale: not implemented yet"),
+    ({"impl": "gemm"}, ValueError, "^impl: expected one of .*'vendor'.*, got 'gemm'"),
+    ({"impl": "gemv", "batch_invariant": True}, ValueError, "^impl: expected 'auto' or 'flat_g"),
+    ({"impl": "vendor", "batch_invariant": True}, ValueError, "^impl: expected 'auto' or 'flat_g"),
+    ({"out": torch.zeros(3, 4)}, ValueError, r"^out: expected shape \[3, 5\], got \[3, 4\]"),
+    ({"out": torch.zeros(3, 5).half()}, TypeError, "^out: expected x's dtype .*, got .*16"),
+    ({"out": torch.zeros(5, 3).t()}, ValueError, "^out: expected the last .*got stride 3"),
+    ({"out": [0.0]}, TypeError, "^out: expected a torch.Tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.parametrize("bad, error, message", FLAT, ids=describe)
+def test_flat_linear_arguments(device, bad, error, message, no_grad):
+    good = {"x": X.to(device), "weight": WEIGHT.to(device)}
+    bad = {n: x.to(device) if torch.is_tensor(x) and x.is_cpu else x for n, x in bad.items()}
+    with torch.set_grad_enabled(not no_grad):
+        assert flat_linear(**good).shape == (3, 5)
+        with pytest.raises(error, match=message):
+            flat_linear(**good | bad)
+
+
+def test_flat_linear_dtypes_without_a_kernel(device):
+    x, weight = X.to(device).double(), WEIGHT.to(device).double()
+    for options in ({"impl": "gemv"}, {"impl": "flat_gemm"}, {"batch_invariant": True}):
+        with pytest.raises(TypeError, match="^x: expected dtype .*float16.*, got torch.float64"):
+            flat_linear(x, weight, **options)
+    out = torch.zeros(2, 3, 7, device=device)[..., :5].transpose(0, 1)
+    with pytest.raises(ValueError, match="^out: expected leading dimensions that merge"):
+        flat_linear(X.to(device).unsqueeze(1).expand(3, 2, 8), WEIGHT.to(device), out=out)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,12 @@ def base(op, device):
     if op == "attention_bwd":
         first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
         return {**first, "out": out, "lse": lse, **optional, **SCALARS, "wants_dmask": False}
+    if op.startswith("flat_linear"):
+        x, weight, bias = (
+            torch.randn(shape, device=device).bfloat16() for shape in ((5, 40), (24, 40), (24,))
+        )
+        call = {"x": x, "weight": weight, "bias": bias, "kernel": "flat_gemm"}
+        return {**call, "out": x.new_zeros(5, 24)} if op == "flat_linear.out" else call
     if op == "merge_states":
         return {"outs": torch.randn(3, 2, 3, 4, 24, device=device), "lses": torch.stack([lse] * 3)}
     call = {"q": q, "k_cache": k, "v_cache": v, **optional, **SCALARS}
@@ -51,7 +57,7 @@ def run(op, arguments):
     """Call the op; check that what it may not write is unchanged, whether it raises or not."""
     name, _, overload = op.partition(".")
     function = getattr(getattr(OPS, name), overload or "default")
-    writes = ("out", "lse") if op == "decode.out" else ()
+    writes = ("out", "lse") if op.endswith(".out") else ()
     before = {
         n: t.clone()
         for n, t in arguments.items()
@@ -66,6 +72,7 @@ def run(op, arguments):
 
 backward = pytest.param("attention_bwd", marks=pytest.mark.gradients)
 ALL = ["attention_fwd", backward, "decode", "decode.out", "merge_states"]
+ALL += ["flat_linear", "flat_linear.out"]
 all_ops = pytest.mark.parametrize("op", ALL)
 
 
@@ -92,7 +99,8 @@ def mutations(t):
             yield torch.zeros(shape, dtype=t.dtype, device=t.device)
         yield torch.zeros_like(t).select(dim, 0)
     yield t.unsqueeze(0)
-    yield t.transpose(-1, -2)
+    if t.dim() > 1:
+        yield t.transpose(-1, -2)
     yield torch.zeros(*t.shape, 2, dtype=t.dtype, device=t.device)[..., 0]
     yield torch.zeros((), dtype=t.dtype, device=t.device)
     yield torch.zeros(0, dtype=t.dtype, device=t.device)
@@ -257,6 +265,50 @@ def test_outputs_of_decode(device, isa):
     ]:
         with pytest.raises(ERRORS, match=name):
             run("decode.out", call | {name: bad})
+
+
+def test_kernels_and_outputs_of_flat_linear(device, isa):
+    call = base("flat_linear.out", device)
+    for kernel in ("", "vendor", "gemv ", "GEMV", "x" * 10000):
+        with pytest.raises(ERRORS, match="kernel: expected gemv or flat_gemm"):
+            run("flat_linear.out", call | {"kernel": kernel})
+    for bad in [
+        call["out"][:1].expand(5, 24),
+        torch.zeros(5 * 24, dtype=torch.bfloat16, device=device).as_strided((5, 24), (23, 1)),
+        call["out"].float(),
+        call["out"][:, :23],
+        call["out"][:4],
+        call["out"].t().contiguous().t(),
+    ]:
+        for kernel in ("gemv", "flat_gemm"):
+            with pytest.raises(ERRORS, match="out"):
+                run("flat_linear.out", call | {"out": bad, "kernel": kernel})
+
+
+def test_random_calls_of_flat_linear(device, isa):
+    """Any sizes and strides: what is accepted stays in its bounds."""
+    rng, accepted = random.Random(0), 0
+    for _ in range(300):
+        m, n, k = (rng.choice([0, 1, 2, 3, 5, 8, 17, 70]) for _ in range(3))
+        dtype = rng.choice([torch.bfloat16, torch.float16])
+
+        def tensor(*shape, dtype=dtype):
+            shape = [rng.choice([0, 1, 4, 9]) if rng.random() < 0.02 else size for size in shape]
+            row = max(shape[-1] + rng.choice([-1, 0, 0, 0, 1, 7]), 0)
+            storage = torch.randn(shape[0] * row + shape[-1] + 4, device=device).to(dtype)
+            strides = [rng.choice([0, row]) if rng.random() < 0.1 else row, 1][2 - len(shape) :]
+            return storage.as_strided(shape, strides, rng.choice([0, 0, 1, 3]))
+
+        x, weight, bias = tensor(m, k), tensor(n, k), rng.choice([None, tensor(1, n)[0]])
+        kernel = rng.choice(["gemv", "flat_gemm"])
+        try:
+            out = OPS.flat_linear(x, weight, bias, kernel)
+            assert out.shape == (x.shape[0], weight.shape[0])
+            OPS.flat_linear.out(x, weight, bias, kernel, tensor(m, n))
+            accepted += 1
+        except ERRORS:
+            pass
+    assert accepted > 100
 
 
 def test_sizes_too_large_to_allocate(device, isa):

@@ -1,6 +1,8 @@
 // Checks of flat_linear, for both halves of the library.
 #pragma once
 
+#include <algorithm>
+
 #include "common/params/flat_linear.h"
 #include "ops/check.h"
 
@@ -12,9 +14,27 @@ inline FlatLinearKernel flat_linear_kernel(const std::string& name) {
   return FlatLinearKernel::kFlatGemm;
 }
 
-inline void check_matrix(const char* name, const Tensor& x, const char* dims) {
-  check(x.dim() == 2, name, ": expected 2 dimensions ", dims, ", got ", shape_text(x));
+struct Rows {
+  int64_t count = 1;
+  int64_t stride = 0;  // in elements
+};
+
+// The rows of [..., columns]: leading dimensions that are one run of rows at one stride.
+inline Rows check_rows(const char* name, const Tensor& x) {
+  if (x.dim() < 1) fail(name, ": expected 1 dimension or more, got ", shape_text(x));
   check_last_stride(name, x);
+  Rows rows;
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    const int64_t size = x.size(i), stride = x.stride(i);
+    if (rows.count == 1 && size != 1) {
+      rows.stride = stride;
+    } else if (size > 1 && rows.count > 1 && stride != rows.count * rows.stride) {
+      fail(name, ": expected leading dimensions that merge into rows of one stride, got stride ",
+           stride, " in dimension ", i, " of ", shape_text(x));
+    }
+    rows.count *= size;
+  }
+  return rows;
 }
 
 // Checks the inputs and fills p but for the output.
@@ -29,16 +49,19 @@ inline void set_flat_linear(FlatLinearParams& p, const Tensor& x, const Tensor& 
   } else {
     check(narrow, "x: expected dtype bfloat16 or float16 on CUDA, got ", dtype_text(type));
   }
-  check_matrix("x", x, "[M, K]");
+  const Rows rows = check_rows("x", x);
   check_device("weight", weight, "x's", x);
   check_dtype("weight", weight, type);
-  check_matrix("weight", weight, "[N, K]");
-  p.m = x.size(0);
+  if (weight.dim() != 2) {
+    fail("weight: expected 2 dimensions [N, K], got ", shape_text(weight));
+  }
+  check_last_stride("weight", weight);
+  p.m = rows.count;
   p.n = weight.size(0);
-  p.k = x.size(1);
+  p.k = x.size(x.dim() - 1);
   check_shape("weight", weight, {p.n, p.k});
   p.x = x.data_ptr();
-  p.x_row = x.stride(0);
+  p.x_row = rows.stride;
   p.weight = weight.data_ptr();
   p.weight_row = weight.stride(0);
   if (!bias) return;
@@ -49,8 +72,25 @@ inline void set_flat_linear(FlatLinearParams& p, const Tensor& x, const Tensor& 
   p.bias = bias->data_ptr();
 }
 
+// [..., N] like x, contiguous.
 inline Tensor new_flat_linear_out(FlatLinearParams& p, const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, {p.m, p.n}, x.scalar_type());
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(dims), strides(dims);
+  for (int64_t i = dims - 1, stride = 1; i >= 0; --i) {
+    sizes[i] = i == dims - 1 ? p.n : x.size(i);
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  // Not new_empty, which passes the dispatcher once more: two microseconds of a small product's
+  // ten.
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  Tensor out(handle);
   p.out = out.data_ptr();
   p.out_row = p.n;
   return out;
@@ -60,13 +100,19 @@ inline Tensor new_flat_linear_out(FlatLinearParams& p, const Tensor& x) {
 inline void set_flat_linear_out(FlatLinearParams& p, const Tensor& x, const Tensor& out) {
   check_device("out", out, "x's", x);
   check_dtype("out", out, x.scalar_type());
-  check_shape("out", out, {p.m, p.n});
-  check_last_stride("out", out);
-  check(p.m <= 1 || p.n == 0 || out.stride(0) >= p.n,
+  const int64_t dims = x.dim();
+  bool fits = out.dim() == dims && out.size(dims - 1) == p.n;
+  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = out.size(i) == x.size(i);
+  if (!fits) {
+    fail("out: expected the shape of x ", shape_text(x), " with N = ", p.n, " for K, got ",
+         shape_text(out));
+  }
+  const Rows rows = check_rows("out", out);
+  check(p.m <= 1 || p.n == 0 || rows.stride >= p.n,
         "out: expected rows that do not overlap (row stride at least ", p.n, "), got stride ",
-        out.stride(0));
+        rows.stride);
   p.out = out.data_ptr();
-  p.out_row = out.stride(0);
+  p.out_row = rows.stride;
 }
 
 }  // namespace flashinfer_lite

@@ -5,19 +5,20 @@
 namespace flashinfer_lite {
 namespace {
 
-// Weight rows per task: about four tasks a thread even out what else the machine does, in whole
-// blocks of the kernels where there are enough rows.
-int64_t weight_rows_per_task(int64_t n, int64_t threads) {
-  constexpr int64_t kBlock = 24, kTasksPerThread = 4;
-  const int64_t even = ceil_div(n, threads * kTasksPerThread);
-  return even >= kBlock ? ceil_div(even, kBlock) * kBlock : std::min(kBlock, ceil_div(n, threads));
+// Weight rows per task. A task reads several streams, the better the longer they are; but a few
+// tasks per thread even out what else the machine does.
+int64_t weight_rows_per_task(const FlatLinearParams& p, int64_t threads) {
+  constexpr int64_t kTaskElements = 1 << 18, kMostTasksPerThread = 4;
+  const int64_t elements = p.n * p.k / threads;
+  const int64_t tasks = std::clamp<int64_t>(elements / kTaskElements, 1, kMostTasksPerThread);
+  return ceil_div(p.n, threads * tasks);
 }
 
 void run(FlatLinearParams& p, ScalarType type, FlatLinearKernel which) {
   const cpu::Kernels& kernels = cpu_kernels(type);
   count_call();
   if (p.m == 0 || p.n == 0) return;
-  p.weight_rows_per_task = weight_rows_per_task(p.n, torch::stable::get_num_threads());
+  p.weight_rows_per_task = weight_rows_per_task(p, torch::stable::get_num_threads());
   const auto& kernel = which == FlatLinearKernel::kGemv ? kernels.gemv : kernels.flat_gemm;
   run_tasks(kernel, p, double(p.m) * double(p.n) * double(p.k));
 }

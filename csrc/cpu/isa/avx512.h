@@ -11,9 +11,10 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 constexpr int kTileRows = 12;
 constexpr int kTileCols = 2;
 
-// Dot products: 6 x 4 accumulators, 4 weights and one vector of x.
+// Dot products: rows of a tile, and its columns. One row needs as many sums as the FMA units have
+// latency; of more rows, the pair of each column stays in registers beside the sums.
 constexpr int kDotRows = 6;
-constexpr int kDotCols = 4;
+constexpr int dot_tile_cols(int rows) { return rows == 1 ? 8 : rows < 6 ? 4 : 3; }
 
 FIL_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return _mm512_fmadd_ps(a, b, c);

@@ -10,9 +10,10 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 constexpr int kTileRows = 6;
 constexpr int kTileCols = 2;
 
-// Dot products: 4 x 3 accumulators, 3 weights and one vector of x.
+// Dot products: rows of a tile, and its columns. One row needs as many sums as the FMA units have
+// latency; of more rows, the pair of each column stays in registers beside the sums.
 constexpr int kDotRows = 4;
-constexpr int kDotCols = 3;
+constexpr int dot_tile_cols(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : 2; }
 
 template <class V>
 FIL_INLINE V fma(V a, V b, V c) {

@@ -19,6 +19,12 @@ FIL_INLINE Pair<Acc> load_pair(const T* p) {
   return {load_as<Acc>(p), load_as<Acc>(p + kWidth<Acc>)};
 }
 
+// What was stored as a pair.
+template <class Acc>
+FIL_INLINE Pair<Acc> load_stored_pair(const Acc* p) {
+  return {load(p), load(p + kWidth<Acc>)};
+}
+
 // A word holds two bfloat16, and one operation makes a float of either: widening each half of the
 // vector takes two, one of them a shuffle.
 template <class Acc>
