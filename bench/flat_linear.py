@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     read = machine.read_bandwidth(clock)
     print(f"{header['cpu']}, {header['threads']} threads, {header['isa']}, {header['commit']}")
     print(f"read {read / 1e9:.1f} GB/s; {'own time' if args.cpu_time else 'wall clock'}")
-    print(*(f"WARNING: {warning}" for warning in warnings), sep="\n", end="")
+    for warning in warnings:
+        print(f"WARNING: {warning}")
     print(f"{args.dtype}, {'warm' if args.warm else 'cold'} weights; median us and GB/s of")
     print(f"{'N x K':>12} {'':>10}{''.join(f'{name:>19}' for name in IMPLS)}  read  vs vendor")
     rows = []

@@ -137,6 +137,39 @@ def test_smoke(bench, device, tmp_path, monkeypatch, capsys, op):
     assert "smollm2-135m@24 float32" in printed and "roofline" in printed
 
 
+def test_flat_linear_smoke(bench, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench("machine"), "BANDWIDTH_BYTES", 1 << 20)
+    flat = bench("flat_linear")
+    monkeypatch.setattr(flat, "MODELS", {"llama2-7b": [(24, 40), (5, 7)]})
+    output = tmp_path / "flat.jsonl"
+    arguments = ["--model", "llama2-7b", "--rows", "1", "3", "--seconds", "0.001", "--warm"]
+    assert flat.main([*arguments, "--output", str(output)]) == 0
+    header, *rows = map(json.loads, output.read_text().splitlines())
+    assert header["read"] > 0 and [(r["n"], r["k"], r["m"]) for r in rows[:2]] == [
+        (24, 40, 1),
+        (24, 40, 3),
+    ]
+    assert all(set(row["seconds"]) == {"gemv", "flat_gemm", "vendor"} for row in rows)
+    assert "geometric mean" in capsys.readouterr().out
+
+
+def test_flat_linear_names_the_rows_it_loses(bench, device):
+    def row(m, ours, vendor):
+        seconds = {"gemv": ours, "flat_gemm": 2 * ours, "vendor": vendor}
+        return {"n": 8, "k": 8, "m": m, "bytes": 128, "seconds": seconds} | {
+            "x_vendor": vendor / ours
+        }
+
+    flat, rows = bench("flat_linear"), [row(1, 1.0, 4.0), row(2, 4.0, 1.0)]
+    assert flat.summary(rows, read=1e9) == [
+        "geometric mean 1.00x over 2 rows, the least 0.25x",
+        "torch is faster at: 8x8 M 2 0.25x",
+    ]
+    # Where torch saturates the memory, losing counts as a draw, and is still named.
+    assert flat.summary(rows, read=130.0)[0] == "geometric mean 2.00x over 2 rows, the least 1.00x"
+    assert flat.copies_for_cold(1 << 20, 32 << 20) == 128 and flat.copies_for_cold(1 << 40, 1) == 2
+
+
 def test_above_the_roofline_is_refused(bench, device):
     implausible = bench("roofline").implausible
     row = {"op": "decode", "impl": "ours", "roofline": 1.1, "seconds": 1e-5}
