@@ -72,15 +72,10 @@ def unchecked(x, weight, bias):
     of a small layer; the op repeats those that guard memory. For inputs that there are kernels for,
     outside of autocast and of gradients.
     """
-    if x.dim() != 3:  # the shape that models decode with is worth a path of its own
-        return flat_linear(x, weight, bias)
-    (batch_size, seqlen, _), (width, depth) = x.shape, weight.shape
-    rows = batch_size * seqlen
-    kernel = choose("cpu" if x.is_cpu else "cuda", x.dtype, width, depth, rows)
+    kernel = _choose(x, weight)
     if kernel == "vendor":
         return F.linear(x, weight, bias)
-    out = _ops.flat_linear(x.reshape(rows, x.shape[2]), weight, bias, kernel)
-    return out.view(batch_size, seqlen, width)
+    return _run_native(kernel, x, weight, bias, None)
 
 
 def _choose(x, weight):
