@@ -25,7 +25,7 @@ NOT_LANDED = (
 
 
 KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan calls it
-FLAT_TILES = {"gemv": (4, 12), "flat_gemm": (64, 12)}  # rows of x by rows of the weight
+FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}  # rows of x by rows of the weight
 
 
 @dataclass(frozen=True)
