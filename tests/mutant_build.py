@@ -18,7 +18,7 @@ from build_machine import find_ninja, sources
 
 FOLDER = ROOT / "build" / "mutants"
 MADE = ROOT / "build" / "simt"
-DISPATCH = CUDA / "dispatch.cpp"
+HOST = {path.name: path for path in sorted(CUDA.glob("*.cpp"))}  # what chooses the rows
 
 
 def build(mutants, kernels, rows, jobs):
@@ -71,13 +71,13 @@ def _add_kernel(graph, header, kernel, rows, mutants):
     host = [MADE / f"{path}.o" for path in host if not path.endswith("/hooks.cpp")]
     # What each source is without a mutant.
     parts = {path: MADE / "instances" / f"{path.name}.o" for path in units.values()}
-    parts[DISPATCH] = MADE / "csrc/cuda/dispatch.cpp.o"
+    parts |= {path: MADE / "csrc/cuda" / f"{name}.o" for name, path in HOST.items()}
     modules = {}
     for mutant in mutants:
         place = folder / mutant.name
         changed = mutant.write(place / "csrc")
-        replaced = DISPATCH if mutant.file == DISPATCH.name else units[rows[0]]
-        source = changed if replaced == DISPATCH else replaced
+        replaced = HOST.get(mutant.file, units[rows[0]])
+        source = changed if mutant.file in HOST else replaced
         target = place / "mutant.o"
         flags = f"-include {escaped(header)} -I{escaped(place / 'csrc')} $cxxflags"
         inputs = [source, f"{header}.gch"]

@@ -26,6 +26,8 @@ INSTANCES = {
     "attention_fwd": "attention_fwd_sm80_bfloat16_d64",
     "decode": "decode_sm80_bfloat16_d64_s2",
     "combine": "combine_sm80_bfloat16_from_bfloat16",
+    "flat_gemm": "flat_gemm_sm80_bfloat16_m64_s4",
+    "gemv": "gemv_sm80_bfloat16_m4",
 }
 # Beside the kernel's own row: what the cases of decode merge their splits with.
 MERGES_SPLITS = "combine_sm80_bfloat16_from_float32"
@@ -376,4 +378,6 @@ def combine_cases():
 
 @functools.cache
 def suite():
-    return [*attention_cases(), *decode_cases(), *combine_cases()]
+    from mutant_flat import flat_cases  # which is made of what is here
+
+    return [*attention_cases(), *decode_cases(), *combine_cases(), *flat_cases()]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-KERNELS = ("attention_fwd", "decode", "combine")
+KERNELS = ("attention_fwd", "decode", "combine", "flat_gemm", "gemv")
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Mutant:
 def default_kernels(file):
     """Whose cases a file's mutants have to get past."""
     own = [kernel for kernel in KERNELS if file == f"kernels/{kernel}/sm80.cuh"]
-    return tuple(own or ("attention_fwd", "decode"))
+    flat = file in ("tile/ragged.cuh", "flat_linear.cpp")
+    return tuple(own or (("flat_gemm", "gemv") if flat else ("attention_fwd", "decode")))
 
 
 def read_list(text):

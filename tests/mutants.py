@@ -262,7 +262,7 @@ def changed_kernels(base):
         print(f"--changed: every kernel, because git says: {error.stderr.strip()}")
         return KERNELS
     everywhere = ("csrc/simt/", "csrc/instances.py", "scripts/build_", "tests/mutant")
-    in_all = sources_of("cuda/dispatch.cpp")
+    in_all = sources_of("cuda/dispatch.cpp") | sources_of("cuda/flat_linear.cpp")
     kernels = KERNELS
     if in_all.isdisjoint(changed) and not any(
         path.startswith((*everywhere, "flashinfer_lite/testing/")) for path in changed

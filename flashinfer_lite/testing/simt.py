@@ -135,6 +135,7 @@ class Executor:
         """`flashinfer_lite.flat_linear` on the executor, its arguments in simt_flat.py.
 
         Launched so many times on the same memory; `outs` has the results, the last is returned.
+        `outside` is what lies between the rows of out, `tickets` what is left of them, or None.
         """
         memory = _Memory(self.module)
         call = FlatLinear(self, memory, x, weight, bias, kernel, splits, out_row, out_offset)
@@ -147,6 +148,7 @@ class Executor:
                     call.check()
 
         self._run(memory, launch)
+        self.tickets, self.outside = call.tickets, call.out_memory[call.outside]
         return self.outs[-1]
 
     def _run(self, memory, launch):
