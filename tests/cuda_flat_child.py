@@ -64,6 +64,15 @@ def flat_linear_out(kernel):
 
 
 @case("gemv", "flat_gemm")
+def flat_linear_of_leading_dimensions(kernel):
+    x, weight, bias = inputs(6, SPLIT)
+    op = on_gpu(fi.flat_linear, impl=kernel)
+    expected = op(x, weight, bias)
+    assert_same_bits(op(x.view(2, 3, -1), weight, bias), expected.view(2, 3, -1))
+    assert_same_bits(op(x[0], weight, bias), expected[0])
+
+
+@case("gemv", "flat_gemm")
 def flat_linear_of_empty_sizes(kernel):
     for m, n, k in ((0, 5, 7), (3, 0, 7), (0, 0, 0)):
         out = on_gpu(fi.flat_linear, impl=kernel)(*inputs(m, (n, k)))
@@ -170,8 +179,8 @@ def tickets_while_a_graph_is_captured():
     machine.capturing = STREAMS[0]
     try:
         captured = [run_split() for _ in range(2)]
-        assert set(gpus().asked) == {"aten::new_empty"}
-        assert len(gpus().asked) == 3  # out, partials, tickets
+        # out, partials, tickets
+        assert gpus().asked == ["aten::empty_strided", "aten::new_empty", "aten::new_empty"]
         assert len(allocations()) == before
         # Meanwhile other streams go on: their buffers are made in spite of the capture.
         machine.streams = {**STREAMS, 0: 0x5000}

@@ -105,11 +105,17 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.asked.append(op.name())
-        if op is not torch.ops.aten.new_empty.default:
+        if op is torch.ops.aten.new_empty.default:
+            like, shape = args
+            dtype = kwargs.get("dtype") or like.dtype
+        elif op is torch.ops.aten.empty_strided.default:
+            shape, strides = args
+            dtype = kwargs["dtype"]
+            assert torch.empty_strided(shape, strides, device="meta").is_contiguous()
+        else:
             return op(*args, **kwargs)
-        like, shape = args
-        memory = guarded(self.module, shape, kwargs.get("dtype") or like.dtype)
-        name = f"new_empty {len(self.asked)}"
+        memory = guarded(self.module, shape, dtype)
+        name = f"{op.overloadpacket.__name__} {len(self.asked)}"
         self.session.register_buffer(memory.data_ptr(), memory.nbytes, name, True, False)
         return memory
 
@@ -157,7 +163,8 @@ class Gpus:
     def register(session, op, args):
         """Tell the executor of the tensors' memory; only what the schema mutates is writable."""
         known = set()
-        for argument, x in zip(op._schema.arguments, args, strict=True):
+        # Arguments left to their defaults are not among args.
+        for argument, x in zip(op._schema.arguments, args, strict=False):
             if not torch.is_tensor(x) or x.untyped_storage().data_ptr() in known:
                 continue
             storage = x.untyped_storage()
