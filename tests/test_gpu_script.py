@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "test_gpu.py"
-STAGES = ["doctor", "tests", "golden", "sanitizer", "graph", "bench"]
+STAGES = ["doctor", "tests", "golden", "sanitizer", "graph", "flat", "bench"]
 
 
 @pytest.fixture

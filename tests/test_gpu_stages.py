@@ -137,6 +137,27 @@ def test_the_bench_stage_reads_its_rows(device, run, commands):
     assert stages.bench(run, 100)["status"] == "failed"
 
 
+def test_the_flat_stage_reads_its_rows(device, run, commands):
+    seconds = {"gemv": 2e-6, "flat_gemm": 1e-6}
+    rows = [{"seconds": seconds | {"vendor": vendor}} for vendor in (1.5e-6, 0.5e-6)]
+
+    def write(command):
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(rows))
+
+    commands.write = write
+    found = stages.flat(run, 40)
+    summary = "2 shapes, ours faster than cuBLAS at 1"
+    assert (found["status"], found["summary"]) == ("passed", summary)
+    assert found["details"]["rows"] == rows
+    command, limit, _ = commands["flat"]
+    assert command[1] == str(ROOT / "scripts" / "gpu" / "flat.py") and limit == 40
+    assert command[2:4] == ["--device", "cuda"] and command[-2:] == ["--within", "28"]
+    commands.status = 1
+    assert stages.flat(run, 40)["status"] == "failed"
+    commands.status, commands.write = 0, lambda command: (run.work / "flat.json").unlink()
+    assert stages.flat(run, 40)["status"] == "failed"
+
+
 @pytest.mark.parametrize(
     "text, clean",
     [

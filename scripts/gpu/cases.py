@@ -10,6 +10,7 @@ import argparse
 import functools
 import sys
 
+import flat
 import torch
 
 from flashinfer_lite import attention, decode, merge_states, reference
@@ -88,6 +89,13 @@ def main():
             if arguments.few:
                 break
     run_merge(device)
+    for _, run in flat.cases(device, arguments.few):
+        count += 1
+        try:
+            run()
+        except AssertionError as error:
+            failures += 1
+            print(error, flush=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{count + 1} cases ran, {failures} wrong", flush=True)

@@ -13,6 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import flat
 import torch
 
 from flashinfer_lite import attention, decode, merge_states
@@ -144,7 +145,19 @@ def check_second_device(device):
             assert_same_bits(x.to(device), y, name)
 
 
-CHECKS = (check_graph, check_graph_with_out, check_side_stream, check_repeats, check_second_device)
+def check_flat_linear(device):
+    """A graph's tickets are its own."""
+    flat.check_graph(device, capture)
+
+
+CHECKS = (
+    check_graph,
+    check_graph_with_out,
+    check_side_stream,
+    check_repeats,
+    check_flat_linear,
+    check_second_device,
+)
 
 
 def main():

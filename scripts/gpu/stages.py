@@ -26,6 +26,7 @@ TEST_FILES = (
     "attention_forward",
     "decode",
     "merge_states",
+    "flat_linear",
     "errors",
     "properties",
     "regressions",
@@ -44,6 +45,7 @@ TOOL_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 OURS = "kns=flashinfer_lite"  # substring of a kernel's name: instrument our kernels alone
 LOG_BYTES = 1 << 20
 TAIL_LINES = 40
+FLAT_SPARE_S = 12  # torch's start, and the last shape begun
 BENCH_SPARE_S = 30  # the last shape begun may have to compile FlexAttention
 
 
@@ -254,6 +256,18 @@ def bench(run: Run, seconds: float) -> dict:
     return outcome(status == 0 and len(rows) > 0, summary, header=header, rows=rows)
 
 
+def flat(run: Run, seconds: float) -> dict:
+    path = run.work / "flat.json"
+    command = [sys.executable, GPU / "flat.py", "--device", run.device, "--json", path]
+    within = max(seconds - FLAT_SPARE_S, 1)
+    status = run.command("flat", [*command, "--within", f"{within:.0f}"], seconds)
+    rows = read_json(path) or []
+    times = [row["seconds"] for row in rows]
+    ours = sum(min(t["gemv"], t["flat_gemm"]) < t["vendor"] for t in times)
+    summary = f"{len(rows)} shapes, ours faster than cuBLAS at {ours}"
+    return outcome(status == 0 and len(rows) > 0, summary, rows=rows)
+
+
 # name -> (stage, seconds): together the nine minutes that one call may take.
 STAGES = {
     "doctor": (doctor, 40),
@@ -261,5 +275,6 @@ STAGES = {
     "golden": (golden, 60),
     "sanitizer": (sanitizer, 80),
     "graph": (graph, 40),
-    "bench": (bench, 130),
+    "flat": (flat, 40),
+    "bench": (bench, 90),
 }
