@@ -73,6 +73,7 @@ def flat_cases():
         flat("unaligned x", (66, 21, 64), (shifted, same), splits=1, out_row=24, out_offset=4),
         flat("unaligned weight", (6, 131, 72), (same, odd), splits=2, with_bias=False),
         flat("ragged", (6, 21, 203), (ragged, ragged), splits=2, out_row=26, out_offset=2),
+        flat("two launches", (1030, 9, 1024), out_row=11),
         flat("chosen", (6, 70, 1100), chosen=True),
         gemv("turns", (4, 17, 2344)),
         gemv("ragged", (3, 8, 1029), (ragged, ragged), out_row=9),

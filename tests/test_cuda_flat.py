@@ -318,5 +318,20 @@ def test_sizes_are_checked(device):
     with pytest.raises(RuntimeError, match="expected M, N and K below 2\\^30, got 1073741824"):
         module.plan_flat_linear(p, row, 0)
     p.set_sizes(2**29, 2**29, 64)
-    with pytest.raises(RuntimeError, match="expected at most 2147483647 thread blocks, got"):
-        module.plan_flat_linear(p, row, 0)
+    for name in (row, GEMV_ROWS[0].name):
+        with pytest.raises(RuntimeError, match="expected at most 2147483647 thread blocks, got"):
+            module.plan_flat_linear(p, name, 0)
+
+
+def test_many_rows_are_split_by_several_launches(device, executor):
+    """Or the partials of a long prompt would not fit: 4 splits M N bytes of them."""
+    row = next(row for row in FLAT_ROWS if row.block_m == 64)
+    x, weight, bias = inputs(row, 1100, 9, 1024)
+    ex = executor(row)
+    out = ex.flat_linear(x, weight, bias, out_row=11)
+    assert ex.plan.splits == 2 and ex.plan.num_partials == 1024 * 128 * 2
+    assert ex.report.totals["launches"] == 2
+    check(out, x, weight, bias)
+    assert_same_bits(out[1000:], executor(row).flat_linear(x[1000:], weight, bias))
+    ex.flat_linear(x[:, :256], weight[:, :256], bias)
+    assert ex.plan.splits == 1 and ex.report.totals["launches"] == 1

@@ -113,6 +113,8 @@ constexpr int64_t kFlatGemmStep = 64;         // of K: what splits are multiples
 constexpr int64_t kFlatGemmBlocks = 256;      // two for each of the 132 multiprocessors of an H200
 constexpr int64_t kMinStepsPerFlatSplit = 8;  // below, merging costs more than splitting spreads
 constexpr int64_t kMaxFlatSplits = 16;
+// Rows of x that one launch splits K for: its partials take 4 splits M N bytes.
+constexpr int64_t kFlatGemmRowsPerLaunch = 1024;
 
 // Splits of K for a weight [n, k]: the fewest that give kFlatGemmBlocks thread blocks, of 64 rows
 // of the weight each. Neither M nor the device has a say, so that a row's bits depend on neither.

@@ -10,6 +10,8 @@
 namespace flashinfer_lite::cuda {
 namespace {
 
+constexpr int64_t kElementSize = 2;  // bytes
+
 template <class... Args>
 [[noreturn]] void fail(const Args&... args) {
   std::ostringstream text;
@@ -26,7 +28,6 @@ void check_sizes(const FlatLinearParams& p) {
 
 // Whether every row begins on `bytes`, those behind the last too: they have addresses.
 bool rows_are_aligned(const void* data, int64_t stride, int64_t bytes) {
-  constexpr int64_t kElementSize = 2;
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0 &&
          stride * kElementSize % bytes == 0;
 }
@@ -58,12 +59,14 @@ FlatLinearPlan plan_flat_linear(const FlatLinearParams& p, const Instance& row, 
   check_sizes(p);
   FlatLinearPlan plan;
   plan.instance = &row;
-  plan.num_m_blocks = ceil_div(p.m, row.block_m);
+  plan.rows_per_launch = p.m;
   plan.num_n_blocks = ceil_div(p.n, row.block_n);
-  if (row.block_k == 0) return plan;  // gemv is not split
-  if (splits == 0) splits = flat_gemm_splits(p.n, p.k);
-  plan.splits = splits;
-  plan.k_per_split = ceil_div(ceil_div(p.k, kFlatGemmStep), splits) * kFlatGemmStep;
+  if (row.block_k > 0) {  // gemv is not split
+    plan.splits = splits > 0 ? splits : flat_gemm_splits(p.n, p.k);
+    plan.k_per_split = ceil_div(ceil_div(p.k, kFlatGemmStep), plan.splits) * kFlatGemmStep;
+    if (plan.splits > 1) plan.rows_per_launch = std::min(p.m, kFlatGemmRowsPerLaunch);
+  }
+  plan.num_m_blocks = ceil_div(plan.rows_per_launch, row.block_m);
   if (plan.num_blocks() > std::numeric_limits<int32_t>::max()) {
     fail(row.name, ": expected at most 2147483647 thread blocks, got ", plan.num_blocks(),
          ": call it on parts of x");
@@ -77,12 +80,20 @@ Status run_flat_linear(CudaFlatLinearParams& p, const FlatLinearPlan& plan, Stre
   p.vector_x = rows_are_aligned(p.x, p.x_row, 16);
   p.vector_weight = rows_are_aligned(p.weight, p.weight_row, 16);
   p.vector_out = rows_are_aligned(p.out, p.out_row, 8);
-  p.num_m_blocks = plan.num_m_blocks;
   p.num_n_blocks = plan.num_n_blocks;
   p.splits = plan.splits;
   p.k_per_split = plan.k_per_split;
   if (plan.num_blocks() == 0) return 0;
-  return plan.instance->launch(&p, stream);
+  Status status = 0;
+  for (int64_t first = 0; first < p.m && status == 0; first += plan.rows_per_launch) {
+    CudaFlatLinearParams part = p;
+    part.m = std::min(p.m - first, plan.rows_per_launch);
+    part.num_m_blocks = ceil_div(part.m, plan.instance->block_m);
+    part.x = static_cast<const char*>(p.x) + first * p.x_row * kElementSize;
+    part.out = static_cast<char*>(p.out) + first * p.out_row * kElementSize;
+    status = plan.instance->launch(&part, stream);
+  }
+  return status;
 }
 
 }  // namespace flashinfer_lite::cuda

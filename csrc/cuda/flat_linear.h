@@ -9,7 +9,8 @@ namespace flashinfer_lite::cuda {
 
 struct FlatLinearPlan {
   const Instance* instance = nullptr;
-  int64_t num_m_blocks = 0;
+  int64_t rows_per_launch = 0;  // of x; more are more launches, one after another
+  int64_t num_m_blocks = 0;     // of a launch
   int64_t num_n_blocks = 0;
   int64_t splits = 1;  // of K; more than one need `partial` and `tickets`
   int64_t k_per_split = 0;
@@ -29,7 +30,8 @@ const Instance& choose_flat_linear(FlatLinearKernel kernel, ElementType element,
 // `splits` 0 chooses by [n, k] alone: a row's bits depend neither on m nor on the device's size.
 FlatLinearPlan plan_flat_linear(const FlatLinearParams& p, const Instance& row, int64_t splits);
 
-// Fills what follows from the rest, then launches, unless there is nothing to compute.
+// Fills what follows from the rest, then launches, unless there is nothing to compute. The launches
+// of one call share the workspace.
 Status run_flat_linear(CudaFlatLinearParams& p, const FlatLinearPlan& plan, Stream stream);
 
 }  // namespace flashinfer_lite::cuda
