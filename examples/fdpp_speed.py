@@ -87,6 +87,12 @@ class Contention:
         )
 
 
+def clock_of(threads: int):
+    """Return the clock that rounds are timed by: of one thread its own CPU time, which other work
+    on the machine does not add to; of several the wall's, for they wait for each other."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
 @torch.inference_mode()
 def measure(variants, filled, ids: torch.Tensor, context: int, rounds: int, dtype: str):
     """Return a `Row` per variant.
@@ -99,14 +105,15 @@ def measure(variants, filled, ids: torch.Tensor, context: int, rounds: int, dtyp
         rounds: timed rounds; in each every variant decodes one token, in turning order.
         dtype: the models' dtype, for the rows.
     """
+    clock = clock_of(torch.get_num_threads())
     caches = {variant.name: variant.cache(filled, context) for variant in variants}
     seconds = {variant.name: [] for variant in variants}
     for number, token in enumerate(ids[context : context + WARMUP_ROUNDS + rounds]):
         turn = number % len(variants)
         for variant in [*variants[turn:], *variants[:turn]]:
-            start = time.perf_counter()
+            start = clock()
             variant.step(token, caches[variant.name]).argmax().item()
-            seconds[variant.name].append(time.perf_counter() - start)
+            seconds[variant.name].append(clock() - start)
     timed = {name: all_rounds[WARMUP_ROUNDS:] for name, all_rounds in seconds.items()}
     return [Row(name, dtype, context, own, timed["sdpa"]) for name, own in timed.items()]
 

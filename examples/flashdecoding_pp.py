@@ -63,6 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="timed tokens of each row, default 48")
     add("--scored", type=int, metavar="N", help="tokens of the perplexity, default 384")
     add("--tune-seconds", type=float, metavar="S", help="of each weight, default 3; 0: no tuning")
+    add("--calibration", type=Path, metavar="FILE", help="use this one, do not calibrate")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--threads", type=int, default=0, metavar="N", help="default: torch's own")
     add("--output", type=Path, default=ROOT / "results" / "fdpp", metavar="DIR")
@@ -70,6 +71,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.argv = sys.argv[1:] if argv is None else argv
     args.random |= args.quick
     sizes = QUICK if args.quick else FULL
+    if args.calibration and not args.calibration.is_file():
+        parser.error(f"--calibration: expected a file, got {args.calibration}")
     for name in ("contexts", "rounds", "scored", "tune_seconds"):
         given = getattr(args, name)
         if given is None:
@@ -100,7 +103,7 @@ class Run:
     def __init__(self, args, source, tokenizer, text: str):
         self.args, self.sizes, self.source = args, args.sizes, source
         self.tokenizer, self.text = tokenizer, text
-        self.records, self.failed = [], 0
+        self.records, self.notices, self.failed = [], [], 0
         self.filled = {}  # part of the text -> (its ids, the cache of an fp32 prefill)
 
     def show(self, checks) -> None:
@@ -115,11 +118,16 @@ class Run:
         from fdpp_setup import calibrate_model, calibration_fields, encode, part, tune_linears
         from fdpp_variants import prefill
 
+        from flashinfer_lite.calibrate import Calibration
+
         heading("calibration of the unified max")
         folder = self.args.output
-        self.calibration = calibrate_model(model, self.tokenizer, self.text, self.sizes, folder)
+        if given := self.args.calibration:
+            self.calibration = Calibration.load(given)
+        else:
+            self.calibration = calibrate_model(model, self.tokenizer, self.text, self.sizes, folder)
         print(self.calibration.summary())
-        print(f"{folder / 'calibration.json'}, {folder / 'calibration.png'}")
+        print(given or f"{folder / 'calibration.json'}, {folder / 'calibration.png'}")
         self.records.append(calibration_fields(self.calibration))
         heading("dataflow: which kernel for M rows of x, per weight [N, K]")
         dtypes = [getattr(torch, DTYPES[name]) for name in self.args.dtypes]
@@ -173,7 +181,7 @@ class Run:
                 rows += measure(variants, filled, ids, context, self.sizes.rounds, dtype)
         self.records += [{**row.fields(), "others": contention.share} for row in rows]
         if notice := contention.notice():
-            print(f"  {dtype}: {notice}")
+            self.notices.append(f"  {dtype}: {notice}")
         return rows
 
     def run_dtype(self, dtype: str) -> list:
@@ -198,6 +206,7 @@ def describe(args) -> dict:
     import torch
     import transformers
     from demo_table import machine
+    from fdpp_speed import clock_of
 
     import flashinfer_lite
 
@@ -206,6 +215,7 @@ def describe(args) -> dict:
         "command": "flashdecoding_pp.py " + " ".join(args.argv),
         "machine": machine(),
         "threads": torch.get_num_threads(),
+        "clock": clock_of(torch.get_num_threads()).__name__,
         "load": os.getloadavg()[0],
         "flashinfer_lite": flashinfer_lite.__version__,
         "torch": torch.__version__,
@@ -234,6 +244,8 @@ def run_all(args) -> int:
     rows = [row for dtype in args.dtypes for row in run.run_dtype(dtype)]
     heading("decode, batch 1: medians of interleaved rounds; x is speed against sdpa, DynamicCache")
     print(format_rows(rows, {name: kind.label for name, kind in KINDS.items()}))
+    if run.notices:
+        print("\n" + "\n".join(run.notices))
     write_lines(args.output / "fdpp.jsonl", run.records)
     print(f"\n  {args.output / 'fdpp.jsonl'}")
     print(f"\n{time.perf_counter() - start:.0f} s in all; {run.failed or 'no'} checks failed")
