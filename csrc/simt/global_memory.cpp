@@ -188,6 +188,7 @@ template void store_global<8>(void*, const void*, Site);
 template void store_global<16>(void*, const void*, Site);
 template int32_t atomic_add(int32_t*, int32_t, Site);
 template uint32_t atomic_add(uint32_t*, uint32_t, Site);
+template uint64_t atomic_add(uint64_t*, uint64_t, Site);
 template float atomic_add(float*, float, Site);
 
 }  // namespace flashinfer_lite::simt

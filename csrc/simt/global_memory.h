@@ -111,7 +111,7 @@ void load_global(const void* source, void* out, Site site);
 template <int kBytes>
 void store_global(void* destination, const void* value, Site site);
 
-// Adds and returns the old value. T: int32_t, uint32_t, float.
+// Adds and returns the old value. T: int32_t, uint32_t, uint64_t, float.
 template <class T>
 T atomic_add(T* destination, T value, Site site);
 // Returns the old value; the counter goes on to old + 1, or to 0 after `last`.

@@ -12,6 +12,13 @@ struct LengthsView {
   int64_t stride = 1;
 };
 
+// In device memory, one of each device: rows that the unified maximum was tried on, and those of them
+// that the online softmax did again.
+struct RowCounters {
+  uint64_t checked;
+  uint64_t recomputed;
+};
+
 // The pointers are device pointers. kv_start and seqlens_kv of the base are unused: the lengths are
 // the views below.
 struct CudaAttentionParams : AttentionFwdParams {
@@ -30,6 +37,15 @@ struct CudaAttentionParams : AttentionFwdParams {
   float scale_log2 = 1.f;    // q k^T times this is the score in units of log2, or, with a softcap,
   float to_cap = 0.f;        // from_cap * tanh(to_cap * q k^T) is
   float from_cap = 0.f;
+
+  // Unified maximum alone.
+  float phi_log2 = 0.f;  // of every head, in units of log2, where phi_heads is null
+  // With splits lse_partial holds their row sums at first, and this, laid out alike, their largest
+  // scores in units of log2; the last thread block to draw a ticket merges. [batch, num_m_blocks,
+  // num_heads_kv], 0 before and after.
+  float* max_partial = nullptr;
+  uint32_t* tickets = nullptr;
+  RowCounters* row_counters = nullptr;  // null: nobody counts
 
   int64_t num_m_blocks = 0;       // blocks of rows per (batch, KV head)
   int64_t heads_per_section = 1;  // forward: (batch, KV head) pairs that share the L2 at a time

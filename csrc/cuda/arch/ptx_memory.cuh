@@ -139,10 +139,14 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 // Parallel Synchronization and Communication Instructions: atom (.add); returns the old value.
 template <class T>
 __device__ __forceinline__ T atomic_add(T* p, T value) {
-  static_assert(
-      std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> || std::is_same_v<T, float>,
-      "atomic_add takes int32_t, uint32_t or float");
-  return atomicAdd(p, value);
+  static_assert(std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> ||
+                    std::is_same_v<T, uint64_t> || std::is_same_v<T, float>,
+                "atomic_add takes int32_t, uint32_t, uint64_t or float");
+  if constexpr (std::is_same_v<T, uint64_t>) {
+    return atomicAdd(reinterpret_cast<unsigned long long*>(p), value);
+  } else {
+    return atomicAdd(p, value);
+  }
 }
 
 // Parallel Synchronization and Communication Instructions: atom (.inc). Returns the old value; the

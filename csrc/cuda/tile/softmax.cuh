@@ -1,6 +1,8 @@
-// Online softmax on fragments, in the exp2 domain (Dao, FlashAttention-2, arXiv 2307.08691).
+// Softmax on fragments, in the exp2 domain: online (Dao, FlashAttention-2, arXiv 2307.08691), or on a
+// base that never moves (unified.cuh).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -18,6 +20,11 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, arch::shfl_xor(x, 2));
 }
 
+__device__ __forceinline__ uint32_t quad_max(uint32_t x) {
+  x = std::max(x, arch::shfl_xor(x, 1));
+  return std::max(x, arch::shfl_xor(x, 2));
+}
+
 __device__ __forceinline__ float quad_sum(float x) {
   x += arch::shfl_xor(x, 1);
   return x + arch::shfl_xor(x, 2);
@@ -26,7 +33,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // Of the rows that a lane holds: [m][half] is row 16 m + 8 half + lane / 4.
 template <int kM>
 struct SoftmaxState {
-  float row_max[kM][2];  // the base that P and the sums stand on, log2; -inf before any key
+  // The base that P and the sums stand on, log2. Online it is -inf before any key.
+  float row_max[kM][2];
   float row_sum[kM][2];  // this lane's share
 
   __device__ __forceinline__ void reset() {
@@ -78,10 +86,9 @@ __device__ __forceinline__ void raise_base(const float (&s)[kM][kKeyTiles][4], f
 
 // s, in units of 1 / scale log2, becomes the unnormalised probabilities. `scale` is positive. With
 // kMarkHidden the probability of a hidden key is -0, which sums as 0 and can be told apart.
-template <bool kMarkHidden, int kM, int kKeyTiles, int kTiles>
-__device__ __forceinline__ void softmax_step(float (&s)[kM][kKeyTiles][4], float scale,
-                                             SoftmaxState<kM>& state, float (&o)[kM][kTiles][4]) {
-  raise_base(s, scale, state, o);
+template <bool kMarkHidden, int kM, int kKeyTiles>
+__device__ __forceinline__ void exponentials(float (&s)[kM][kKeyTiles][4], float scale,
+                                             SoftmaxState<kM>& state) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -14,7 +14,12 @@
 // Blocks that every row sees whole take a step without masking. One buffer each of K and V is
 // enough: V arrives under the first product, the next K under the softmax and the second.
 //
-// Shared memory: Q | K | V, all swizzled; the epilogue passes out through Q's rows.
+// With a unified maximum (FlashDecoding++) the same pass stands on one phi per query head. At its
+// end the rows that stay within the guard's bounds are stored; if any other is left, the block runs
+// the online scheme as it would have without, and stores those.
+//
+// Shared memory: Q | K | V, all swizzled; unified besides: each lane's largest scores | a mask of each
+// warp's rows that are left. The epilogue passes out through Q's rows.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +32,7 @@
 #include "cuda/tile/scheduler.cuh"
 #include "cuda/tile/scores.cuh"
 #include "cuda/tile/softmax.cuh"
+#include "cuda/tile/unified.cuh"
 
 namespace flashinfer_lite::attention_fwd {
 
@@ -45,7 +51,10 @@ struct Traits {
   using VTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
   using Scores = tile::Accumulator<m_tiles, Cfg::block_n>;
   using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
-  static constexpr int smem_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
+  using Largest = tile::LargestScores<m_tiles>;
+  static constexpr int tile_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
+  static constexpr int smem_bytes =
+      tile_bytes + num_threads * Largest::bytes + Cfg::num_warps * 4;
   // Eight warps on a multiprocessor have 255 registers a thread.
   static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
@@ -73,6 +82,13 @@ struct Block {
   __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
   __device__ __forceinline__ typename T::KTile k() const { return {q().base + T::QTile::bytes}; }
   __device__ __forceinline__ typename T::VTile v() const { return {k().base + T::KTile::bytes}; }
+
+  __device__ __forceinline__ typename T::Largest largest() const {
+    return {q().base + static_cast<uint32_t>(T::tile_bytes + arch::thread_idx() * T::Largest::bytes)};
+  }
+  __device__ __forceinline__ uint32_t rows_left() const {
+    return q().base + static_cast<uint32_t>(T::smem_bytes - (Cfg::num_warps - warp) * 4);
+  }
 
   __device__ __forceinline__ int warp_row() const { return warp * T::m_tiles * 16; }
   __device__ __forceinline__ int first_key(int n_block) const {
@@ -148,11 +164,14 @@ __device__ __forceinline__ void load_v(const Block<Cfg>& b, int n_block) {
   arch::cp_async_commit();
 }
 
+// What a pass over the keys stands on. kExact is kOnline that minds values that are not finite; the
+// bits of rows that meet only finite ones are the same.
+enum class Pass : uint8_t { kUnified, kOnline, kExact };
+
 // One block of keys. On entry K(n) has landed and no warp reads V any more; on return the same of
-// K(n - 1). Without kMasked every row sees every key of the block. `exact` minds values that are
-// not finite; the bits of rows that meet only finite ones are the same.
+// K(n - 1). Without kMasked every row sees every key of the block.
 template <bool kMasked, class Cfg>
-__device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_last, bool exact,
+__device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_last, Pass pass,
                                      tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
                                      typename Traits<Cfg>::Output& acc_o) {
   using T = Traits<Cfg>;
@@ -170,8 +189,13 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_l
     if (b.p.scale_first) tile::scale_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
     tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
   }
-  tile::softmax_step<kMasked>(acc_s, b.scale, state, acc_o);
-  if (kMasked && exact) {
+  if (pass == Pass::kUnified) {
+    b.largest().raise(acc_s);
+  } else {
+    tile::raise_base(acc_s, b.scale, state, acc_o);
+  }
+  tile::exponentials<kMasked>(acc_s, b.scale, state);
+  if (kMasked && pass == Pass::kExact) {
     tile::add_visible_non_finite(acc_s, b.v(), acc_o, b.lane);
     arch::sync_threads();  // every warp has seen V(n) as it was
     tile::zero_non_finite<T::num_threads>(b.v(), arch::thread_idx());
@@ -183,12 +207,29 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_l
   arch::sync_threads();  // K(n - 1) has landed for all; no warp reads V(n) any more
 }
 
+// The state before any key: unified, each row stands on the phi of its head.
+template <class Cfg>
+__device__ __forceinline__ void reset(const Block<Cfg>& b, Pass pass,
+                                      tile::SoftmaxState<Traits<Cfg>::m_tiles>& state) {
+  state.reset();
+  if (pass != Pass::kUnified) return;
+  b.largest().reset();
+#pragma unroll
+  for (int m = 0; m < Traits<Cfg>::m_tiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = b.first_row + b.warp_row() + m * 16 + half * 8 + b.lane / 4;
+      state.row_max[m][half] = tile::phi_log2(b.p, b.rows[r].head);
+    }
+  }
+}
+
 // All blocks of keys, from the last to the first.
 template <class Cfg>
-__device__ __forceinline__ void attend(const Block<Cfg>& b, const KeyBlocks& blocks, bool exact,
+__device__ __forceinline__ void attend(const Block<Cfg>& b, const KeyBlocks& blocks, Pass pass,
                                        tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
                                        typename Traits<Cfg>::Output& acc_o) {
-  state.reset();
+  reset(b, pass, state);
   tile::clear(acc_o);
   if (blocks.first == blocks.last) return;
   load_k(b, blocks.last - 1);
@@ -198,36 +239,101 @@ __device__ __forceinline__ void attend(const Block<Cfg>& b, const KeyBlocks& blo
 #pragma unroll 1
   for (int n = blocks.last - 1; n >= blocks.first; --n) {
     const bool is_last = n == blocks.first;
-    if (!exact && n >= blocks.full_first && n < blocks.full_last) {
-      step<false>(b, n, is_last, false, state, acc_o);
+    if (pass != Pass::kExact && n >= blocks.full_first && n < blocks.full_last) {
+      step<false>(b, n, is_last, pass, state, acc_o);
     } else {
-      step<true>(b, n, is_last, exact, state, acc_o);
+      step<true>(b, n, is_last, pass, state, acc_o);
     }
   }
 }
 
+// The bit of the warp's row r in a mask of its rows: a vote gives those of eight rows, one a quad.
+__device__ __forceinline__ uint32_t row_bit(int r) { return 1u << (r % 8 * 4 + r / 8); }
+constexpr uint32_t kVotesOfQuads = 0x11111111u;
+
+// The rows that a mask of the warp's rows has.
+template <class View>
+struct SomeRows {
+  View view;
+  int warp_row;
+  uint32_t mask;
+
+  __device__ __forceinline__ auto* row(int r) const { return view.row(r); }
+  __device__ __forceinline__ bool valid(int r) const {
+    return view.valid(r) && (mask & row_bit(r - warp_row)) != 0;
+  }
+};
+
+// After a unified pass: normalises the rows, and says which of the warp's are left to the online
+// softmax.
 template <class Cfg>
-__device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
-                                              tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
-                                              typename Traits<Cfg>::Output& acc_o) {
-  using Element = typename Cfg::Element;
+__device__ __forceinline__ uint32_t settle(const Block<Cfg>& b,
+                                           const tile::SoftmaxState<Traits<Cfg>::m_tiles>& state,
+                                           typename Traits<Cfg>::Output& acc_o,
+                                           float (&lse)[Traits<Cfg>::m_tiles][2]) {
   using T = Traits<Cfg>;
-  const Params& p = b.p;
-  float lse[T::m_tiles][2];
-  tile::normalise(state, acc_o, lse);
-  Element* sequence = static_cast<Element*>(p.out.data) + b.batch_idx * p.out.batch;
-  const tile::PackedRowView<Element> target{sequence, p.out.seqlen, p.out.head, b.rows,
-                                            b.first_row};
-  tile::store_rows(acc_o, b.q(), b.warp_row(), target, static_cast<int>(p.head_dim_v), p.vector_out,
-                   b.lane);
-  if (b.lane % 4 != 0) return;  // the quad holds one row
+  uint32_t checked = 0;
+  uint32_t left = 0;
 #pragma unroll
   for (int m = 0; m < T::m_tiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = b.first_row + b.warp_row() + m * 16 + half * 8 + b.lane / 4;
-      if (!arch::predicate(r < b.rows.rows)) continue;
-      const tile::Row row = b.rows[r];
+      const int r = m * 16 + half * 8 + b.lane / 4;
+      tile::UnifiedRow row;
+      row.phi = state.row_max[m][half];
+      row.excess = fmaf(tile::quad_max(b.largest().of(m, half)), b.scale, -row.phi);
+      row.row_sum = tile::quad_sum(state.row_sum[m][half]);
+      row.largest = 0;
+#pragma unroll
+      for (int n = 0; n < Cfg::head_dim / 8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e)
+          row.largest = std::max(row.largest, tile::magnitude(acc_o[m][n][e]));
+      row.largest = tile::quad_max(row.largest);
+      const bool counts = b.first_row + b.warp_row() + r < b.rows.rows && !row.empty();
+      const bool bad = counts && !row.template in_range<typename Cfg::Element>();
+      checked |= (arch::ballot(counts) & kVotesOfQuads) << (2 * m + half);
+      left |= (arch::ballot(bad) & kVotesOfQuads) << (2 * m + half);
+      const float inverse = row.inverse();
+      lse[m][half] = row.lse();
+#pragma unroll
+      for (int n = 0; n < Cfg::head_dim / 8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e)
+          acc_o[m][n][e] = inverse == 0.f ? 0.f : acc_o[m][n][e] * inverse;
+    }
+  }
+  if (b.lane == 0) {
+    arch::sts(b.rows_left(), left);
+    tile::count_rows(b.p.row_counters, static_cast<uint32_t>(std::popcount(checked)),
+                     static_cast<uint32_t>(std::popcount(left)));
+  }
+  return left;
+}
+
+// Writes the warp's rows that the mask has.
+template <class Cfg>
+__device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
+                                              const typename Traits<Cfg>::Output& acc_o,
+                                              const float (&lse)[Traits<Cfg>::m_tiles][2],
+                                              uint32_t mask) {
+  using Element = typename Cfg::Element;
+  using T = Traits<Cfg>;
+  const Params& p = b.p;
+  Element* sequence = static_cast<Element*>(p.out.data) + b.batch_idx * p.out.batch;
+  const tile::PackedRowView<Element> view{sequence, p.out.seqlen, p.out.head, b.rows, b.first_row};
+  const SomeRows<tile::PackedRowView<Element>> target{view, b.warp_row(), mask};
+  const int lane = arch::opaque(b.lane);  // or what follows from it is kept through the loop
+  tile::store_rows(acc_o, b.q(), b.warp_row(), target, static_cast<int>(p.head_dim_v), p.vector_out,
+                   lane);
+  if (lane % 4 != 0) return;  // the quad holds one row
+#pragma unroll
+  for (int m = 0; m < T::m_tiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = b.warp_row() + m * 16 + half * 8 + lane / 4;
+      if (!arch::predicate(target.valid(r))) continue;
+      const tile::Row row = b.rows[b.first_row + r];
       const int64_t at = (b.batch_idx * p.num_heads_q + row.head) * p.seqlen_q + row.query;
       arch::stg(static_cast<float*>(p.lse) + at, lse[m][half]);
     }
@@ -243,14 +349,26 @@ __global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_
 
   tile::SoftmaxState<Traits<Cfg>::m_tiles> state;
   typename Traits<Cfg>::Output acc_o;
-  bool exact = false;
+  float lse[Traits<Cfg>::m_tiles][2];
+  Pass pass = p.unified ? Pass::kUnified : Pass::kOnline;
 #pragma unroll 1
   for (;;) {
-    attend(b, blocks, exact, state, acc_o);
-    if (exact || !arch::sync_threads_or(!tile::all_finite(acc_o))) break;
-    exact = true;  // a value that is not finite was met: once more, with care
+    attend(b, blocks, pass, state, acc_o);
+    if (pass == Pass::kUnified) {
+      const uint32_t left = settle(b, state, acc_o, lse);
+      const bool done = !arch::sync_threads_or(left != 0);
+      store_out_lse(b, acc_o, lse, ~left);
+      if (done) return;
+      arch::sync_threads();  // no warp reads out in Q's rows any more
+      load_q(b);
+      pass = Pass::kOnline;
+    } else {
+      if (pass == Pass::kExact || !arch::sync_threads_or(!tile::all_finite(acc_o))) break;
+      pass = Pass::kExact;  // a value that is not finite was met: once more, with care
+    }
   }
-  store_out_lse(b, state, acc_o);
+  tile::normalise(state, acc_o, lse);
+  store_out_lse(b, acc_o, lse, p.unified ? arch::lds<uint32_t>(b.rows_left()) : ~0u);
 }
 
 template <class Config>
