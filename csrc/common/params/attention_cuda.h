@@ -38,12 +38,10 @@ struct CudaAttentionParams : AttentionFwdParams {
   float to_cap = 0.f;        // from_cap * tanh(to_cap * q k^T) is
   float from_cap = 0.f;
 
-  // Unified maximum alone.
+  // With a unified maximum.
   float phi_log2 = 0.f;  // of every head, in units of log2, where phi_heads is null
-  // With splits lse_partial holds their row sums at first, and this, laid out alike, their largest
-  // scores in units of log2; the last thread block to draw a ticket merges. [batch, num_m_blocks,
-  // num_heads_kv], 0 before and after.
-  float* max_partial = nullptr;
+  // With splits the last thread block to draw a ticket merges: [batch, num_m_blocks, num_heads_kv],
+  // 0 before and after.
   uint32_t* tickets = nullptr;
   RowCounters* row_counters = nullptr;  // null: nobody counts
 

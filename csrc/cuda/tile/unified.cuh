@@ -1,9 +1,9 @@
-// Softmax on a unified maximum (FlashDecoding++, Hong et al., arXiv 2311.01282): every probability
+// Softmax with a unified maximum (FlashDecoding++, Hong et al., arXiv 2311.01282): every probability
 // of a query head stands on one phi, so that partial results are sums and nothing is exchanged or
-// rescaled while keys stream. What that may overflow or lose is seen at the end, once per row; such
-// a row is left to the online softmax.
+// rescaled while keys stream. Whether that was safe is seen at the end, once per row, by the guard of
+// common/unified.h; a row where it was not is left to the online softmax.
 //
-// The kernel keeps phi of its rows in words of shared memory: registers are dear in between.
+// A row stands on its phi as the online softmax does on its base: state.row_max, which never moves.
 #pragma once
 
 #include <bit>
@@ -65,30 +65,29 @@ __device__ __forceinline__ uint32_t magnitude(float x) {
   return std::bit_cast<uint32_t>(x) & 0x7fffffffu;
 }
 
-// A row after its unified pass, over all of its keys.
+// A row after its unified pass, over all of its keys; scores in units of log2.
 struct UnifiedRow {
-  float excess;  // of its largest score over phi, log2
+  float row_max;
   float row_sum;
-  float phi;         // log2
+  float phi;
   uint32_t largest;  // magnitude() of its numerators
 
-  // No key was seen: out is 0 and lse -inf, whatever the numerators are. NaN is no such score.
-  __device__ __forceinline__ bool empty() const { return excess == kMinusInf && row_sum == 0.f; }
-
-  // Whether out and lse are to be had from the sums, to the precision of the online softmax.
+  // A row without keys has out 0 and lse -inf, whatever its numerators are.
   template <class Element>
-  __device__ __forceinline__ bool in_range() const {
-    constexpr UnifiedGuard guard = unified_guard<Element>();
-    const bool bounded = excess * kLn2 > guard.low && excess * kLn2 < guard.high;
-    const bool finite = magnitude(row_sum) < magnitude(-kMinusInf) && largest < magnitude(-kMinusInf);
-    const bool tiny = excess < 0.f && largest < magnitude(kUnifiedTiny);
-    return bounded && finite && !tiny;
+  __device__ __forceinline__ RowVerdict verdict() const {
+    // NaN scores leave no trace in row_max, but one in the sum.
+    if (row_max == kMinusInf && row_sum == 0.f) return RowVerdict::kNoKey;
+    constexpr UnifiedGuard guard = kUnifiedGuard<Element>;
+    const float above = row_max - phi;
+    const bool bounded = above > static_cast<float>(guard.low * kLog2E) &&
+                         above < static_cast<float>(guard.high * kLog2E);
+    constexpr uint32_t kInf = 0x7f800000u;
+    const bool finite = magnitude(row_sum) < kInf && largest < kInf;
+    const bool may_underflow = above < 0.f && largest < std::bit_cast<uint32_t>(kTinyNumerator);
+    return bounded && finite && !may_underflow ? RowVerdict::kGood : RowVerdict::kViolated;
   }
 
-  __device__ __forceinline__ float inverse() const { return empty() ? 0.f : 1.f / row_sum; }
-  __device__ __forceinline__ float lse() const {
-    return empty() ? kMinusInf : (phi + arch::log2(row_sum)) * kLn2;
-  }
+  __device__ __forceinline__ float lse() const { return (phi + arch::log2(row_sum)) * kLn2; }
 };
 
 // Adds rows to the device's counters; one lane calls it for its warp.

@@ -281,7 +281,7 @@ __device__ __forceinline__ uint32_t settle(const Block<Cfg>& b,
       const int r = m * 16 + half * 8 + b.lane / 4;
       tile::UnifiedRow row;
       row.phi = state.row_max[m][half];
-      row.excess = fmaf(tile::quad_max(b.largest().of(m, half)), b.scale, -row.phi);
+      row.row_max = tile::quad_max(b.largest().of(m, half)) * b.scale;
       row.row_sum = tile::quad_sum(state.row_sum[m][half]);
       row.largest = 0;
 #pragma unroll
@@ -290,17 +290,19 @@ __device__ __forceinline__ uint32_t settle(const Block<Cfg>& b,
         for (int e = 2 * half; e < 2 * half + 2; ++e)
           row.largest = std::max(row.largest, tile::magnitude(acc_o[m][n][e]));
       row.largest = tile::quad_max(row.largest);
-      const bool counts = b.first_row + b.warp_row() + r < b.rows.rows && !row.empty();
-      const bool bad = counts && !row.template in_range<typename Cfg::Element>();
-      checked |= (arch::ballot(counts) & kVotesOfQuads) << (2 * m + half);
-      left |= (arch::ballot(bad) & kVotesOfQuads) << (2 * m + half);
-      const float inverse = row.inverse();
-      lse[m][half] = row.lse();
+      const RowVerdict verdict = row.template verdict<typename Cfg::Element>();
+      const bool empty = verdict == RowVerdict::kNoKey;
+      const bool exists = b.first_row + b.warp_row() + r < b.rows.rows;
+      const bool violated = exists && verdict == RowVerdict::kViolated;
+      checked |= (arch::ballot(exists && !empty) & kVotesOfQuads) << (2 * m + half);
+      left |= (arch::ballot(violated) & kVotesOfQuads) << (2 * m + half);
+      const float inverse = 1.f / row.row_sum;
+      lse[m][half] = empty ? tile::kMinusInf : row.lse();
 #pragma unroll
       for (int n = 0; n < Cfg::head_dim / 8; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e)
-          acc_o[m][n][e] = inverse == 0.f ? 0.f : acc_o[m][n][e] * inverse;
+          acc_o[m][n][e] = empty ? 0.f : acc_o[m][n][e] * inverse;
     }
   }
   if (b.lane == 0) {
@@ -379,7 +381,8 @@ struct Kernel {
 
   static Status launch(const Params& p, Stream stream) {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
-    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads, smem_bytes};
+    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
+                              p.unified ? smem_bytes : Traits<Cfg>::tile_bytes};
     return arch::launch<attention_fwd_sm80<Cfg>>(config, stream, p);
   }
 };

@@ -18,135 +18,18 @@
 // lse, or into the split's partials, which the combine kernel merges. An empty split writes
 // lse_partial = -inf and leaves out_partial alone.
 //
-// Shared memory: Q | per warp, per stage: K, V. The merge reuses the stages.
+// With a unified maximum (FlashDecoding++) the warps' states and the splits' partials are sums: the
+// split that arrives last adds them up, in the same launch: unified.cuh.
+//
+// Shared memory: Q | per warp, per stage: K, V | unified besides: block.cuh. The merge reuses the
+// stages.
 #pragma once
 
-#include <algorithm>
-
-#include "common/params/attention_cuda.h"
-#include "cuda/tile/copy.cuh"
-#include "cuda/tile/epilogue.cuh"
+#include "cuda/kernels/decode/block.cuh"
+#include "cuda/kernels/decode/unified.cuh"
 #include "cuda/tile/exact.cuh"
-#include "cuda/tile/gemm.cuh"
-#include "cuda/tile/scores.cuh"
-#include "cuda/tile/softmax.cuh"
 
 namespace flashinfer_lite::decode_kernel {
-
-using Params = CudaAttentionParams;
-
-template <class Cfg>
-struct Traits {
-  using Element = typename Cfg::Element;
-  static constexpr int num_threads = Cfg::num_warps * 32;
-  static_assert(Cfg::block_m == 16, "one fragment of rows; more rows are more thread blocks");
-  static_assert(Cfg::block_n % 16 == 0, "a k step of P V is 16 keys");
-
-  using QTile = tile::SmemTile<Element, Cfg::block_m, Cfg::head_dim>;
-  using KTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
-  using VTile = KTile;
-  using Scores = tile::Accumulator<1, Cfg::block_n>;
-  using Output = tile::Accumulator<1, Cfg::head_dim>;
-  using State = tile::SoftmaxState<1>;
-
-  static constexpr int stage_bytes = KTile::bytes + VTile::bytes;
-  static constexpr int ring_bytes = stage_bytes * Cfg::num_stages * Cfg::num_warps;
-
-  // The merge's view of the ring: each warp's accumulator, then each warp's row_max and row_sum.
-  using OutputTile = tile::SmemAccumulator<Cfg::block_m, Cfg::head_dim>;
-  static constexpr int merge_bytes = Cfg::num_warps * (OutputTile::bytes + Cfg::block_m * 8);
-  static constexpr int smem_bytes = QTile::bytes + std::max(ring_bytes, merge_bytes);
-  // Eight warps on a multiprocessor have 255 registers a thread.
-  static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
-};
-
-// What a thread block works on, the same for all of its threads.
-template <class Cfg>
-struct Block {
-  using T = Traits<Cfg>;
-  using Element = typename T::Element;
-
-  __device__ __forceinline__ Block(const Params& params, uint32_t block)
-      : p(params),
-        // From lane 0, so that the compiler sees one value for the warp and its loops converge.
-        warp(arch::shfl(arch::thread_idx() / 32, 0)),
-        lane(arch::thread_idx() % 32) {
-    // KV heads first: in the cache's usual layout their keys lie side by side.
-    const auto num_heads_kv = static_cast<uint32_t>(p.num_heads_kv);
-    const auto num_m_blocks = static_cast<uint32_t>(p.num_m_blocks);
-    const auto kv_splits = static_cast<uint32_t>(p.kv_splits);
-    const auto head_kv = static_cast<int>(block % num_heads_kv);
-    block /= num_heads_kv;
-    first_row = static_cast<int>(block % num_m_blocks) * Cfg::block_m;
-    block /= num_m_blocks;
-    split = static_cast<int>(block % kv_splits);
-    batch_idx = static_cast<int>(block / kv_splits);
-
-    rows = {head_kv, p.group, p.rows};
-    k_head = static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + head_kv * p.k.head;
-    v_head = static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + head_kv * p.v.head;
-    scale = p.scale_first ? 1.f : p.scale_log2;
-  }
-
-  __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
-  __device__ __forceinline__ uint32_t ring() const { return q().base + T::QTile::bytes; }
-  __device__ __forceinline__ typename T::KTile k(int stage) const {
-    return {ring() + static_cast<uint32_t>((warp * Cfg::num_stages + stage) * T::stage_bytes)};
-  }
-  __device__ __forceinline__ typename T::VTile v(int stage) const {
-    return {k(stage).base + T::KTile::bytes};
-  }
-
-  const Params& p;
-  int warp, lane;
-  int batch_idx, split;
-  int first_row;  // of the block, among the rows of its KV head
-  tile::PackedRows rows;
-  tile::KeySlots slots;
-  const Element* k_head;
-  const Element* v_head;
-  float scale;  // of S to log2, applied by the exponential
-};
-
-// The keys of a thread block: `count` blocks of block_n from slot `first`, none from `end` on.
-// Blocks within [every_begin, every_end) hold only keys that every row sees.
-struct SplitKeys {
-  int first;
-  int end;
-  int count;
-  int every_begin;
-  int every_end;
-};
-
-// An equal part of what the rows see, or keys_per_split from the sequence's first slot, so that
-// only the sequence itself decides where it is cut.
-template <class Cfg>
-__device__ __forceinline__ SplitKeys split_keys(const Block<Cfg>& b) {
-  constexpr int block_n = Cfg::block_n;
-  const int last_row = std::min(b.first_row + Cfg::block_m, b.rows.rows) - 1;
-  const int first_query = b.rows[b.first_row].query;
-  const int last_query = b.rows[last_row].query;
-  const Visibility visible = b.slots.visibility(b.p);
-  const KeyRange some = visible.rows(first_query, last_query);
-  // Slots number less than 2^30: from here on 32 bits do, whose divisions are short.
-  const auto seen_begin = static_cast<int>(some.begin);
-  const auto seen_end = static_cast<int>(some.end);
-  const auto kv_splits = static_cast<int>(b.p.kv_splits);
-  const int first_seen = (seen_begin - b.slots.begin) / block_n * block_n + b.slots.begin;
-  int first = b.slots.begin;
-  auto keys = static_cast<int>(b.p.keys_per_split);
-  if (keys == 0) {
-    const int part = (seen_end - first_seen + kv_splits - 1) / kv_splits;
-    keys = (part + block_n - 1) / block_n * block_n;
-    first = first_seen;
-  }
-  first += b.split * keys;
-  const int end = std::min(seen_end, first + keys);
-  first = std::max(first, first_seen);
-  const int count = some.empty() ? 0 : std::max((end - first + block_n - 1) / block_n, 0);
-  return {first, end, count, static_cast<int>(visible.row(last_query).begin),
-          static_cast<int>(visible.row(first_query).end)};
-}
 
 template <class Cfg>
 __device__ __forceinline__ void load_q(const Block<Cfg>& b) {
@@ -175,10 +58,13 @@ __device__ __forceinline__ void load_stage(const Block<Cfg>& b, const SplitKeys&
   arch::cp_async_commit();
 }
 
-// One key block of the warp, which has landed in `stage`. `exact` minds values that are not finite.
+// What a pass over the keys stands on. kExact is kOnline that minds values that are not finite.
+enum class Pass : uint8_t { kUnified, kOnline, kExact };
+
+// One key block of the warp, which has landed in `stage`.
 template <class Cfg>
 __device__ __forceinline__ void step(const Block<Cfg>& b, const SplitKeys& keys, int n, int stage,
-                                     bool exact, typename Traits<Cfg>::State& state,
+                                     Pass pass, typename Traits<Cfg>::State& state,
                                      typename Traits<Cfg>::Output& acc_o) {
   typename Traits<Cfg>::Scores acc_s;
   tile::clear(acc_s);
@@ -190,8 +76,13 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, const SplitKeys& keys,
   if (key < keys.every_begin || key + Cfg::block_n > keys.every_end) {
     tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
   }
-  tile::softmax_step<true>(acc_s, b.scale, state, acc_o);
-  if (exact) {
+  if (pass == Pass::kUnified) {
+    b.largest().raise(acc_s);
+  } else {
+    tile::raise_base(acc_s, b.scale, state, acc_o);
+  }
+  tile::exponentials<true>(acc_s, b.scale, state);
+  if (pass == Pass::kExact) {
     tile::add_visible_non_finite(acc_s, b.v(stage), acc_o, b.lane);
     arch::sync_warp();  // every lane has seen V as it was
     tile::zero_non_finite<32>(b.v(stage), b.lane);
@@ -202,10 +93,11 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, const SplitKeys& keys,
 
 // The warp's key blocks: warp, warp + num_warps, and so on.
 template <class Cfg>
-__device__ __forceinline__ void attend(const Block<Cfg>& b, const SplitKeys& keys, bool exact,
+__device__ __forceinline__ void attend(const Block<Cfg>& b, const SplitKeys& keys, Pass pass,
                                        typename Traits<Cfg>::State& state,
                                        typename Traits<Cfg>::Output& acc_o) {
   state.reset();
+  if (pass == Pass::kUnified) stand_on_phi(b, state);
   tile::clear(acc_o);
 #pragma unroll 1
   for (int stage = 0; stage < Cfg::num_stages; ++stage) {
@@ -218,32 +110,15 @@ __device__ __forceinline__ void attend(const Block<Cfg>& b, const SplitKeys& key
   for (int n = b.warp; n < keys.count; n += Cfg::num_warps) {
     arch::cp_async_wait<Cfg::num_stages - 1>();
     arch::sync_warp();  // the other lanes' part of the block has landed too
-    step(b, keys, n, stage, exact, state, acc_o);
+    step(b, keys, n, stage, pass, state, acc_o);
     arch::sync_warp();  // no lane reads the stage any more
     load_stage(b, keys, n + Cfg::num_stages * Cfg::num_warps, stage);
     stage = stage + 1 == Cfg::num_stages ? 0 : stage + 1;
   }
 }
 
-// Where the warps leave their states for the merge.
 template <class Cfg>
-struct MergeStorage {
-  using OutputTile = typename Traits<Cfg>::OutputTile;
-
-  uint32_t base;
-
-  __device__ __forceinline__ OutputTile output(int warp) const {
-    return {base + static_cast<uint32_t>(warp * OutputTile::bytes)};
-  }
-  // row_max, with row_sum in the 4 bytes after it
-  __device__ __forceinline__ uint32_t state(int warp, int row) const {
-    constexpr int offset = Cfg::num_warps * OutputTile::bytes;
-    return base + static_cast<uint32_t>(offset + (warp * Cfg::block_m + row) * 8);
-  }
-};
-
-template <class Cfg>
-__device__ __forceinline__ void store_state(const Block<Cfg>& b,
+__device__ __forceinline__ void store_state(const Block<Cfg>& b, Pass pass,
                                             const typename Traits<Cfg>::State& state,
                                             const typename Traits<Cfg>::Output& acc_o) {
   const MergeStorage<Cfg> storage{b.ring()};
@@ -257,9 +132,9 @@ __device__ __forceinline__ void store_state(const Block<Cfg>& b,
       arch::sts(output.at(row, n * 8 + b.lane % 4 * 2), pair);
     }
     const float row_sum = tile::quad_sum(state.row_sum[0][half]);
-    if (b.lane % 4 == 0) {
-      arch::sts(storage.state(b.warp, row), tile::Float2{state.row_max[0][half], row_sum});
-    }
+    float row_max = state.row_max[0][half];
+    if (pass == Pass::kUnified) row_max = tile::quad_max(b.largest().of(0, half)) * b.scale;
+    if (b.lane % 4 == 0) arch::sts(storage.state(b.warp, row), tile::Float2{row_max, row_sum});
   }
 }
 
@@ -293,34 +168,6 @@ __device__ __forceinline__ MergedRow<Cfg> merge_row(const MergeStorage<Cfg>& sto
   return merged;
 }
 
-// Four columns of one row, to out or to the split's partial.
-template <class Cfg>
-__device__ __forceinline__ void store_columns(const Block<Cfg>& b, tile::Row row, int col,
-                                              const tile::Float4& x) {
-  using Element = typename Cfg::Element;
-  const Params& p = b.p;
-  if (p.kv_splits > 1) {
-    const int64_t at =
-        ((b.split * p.batch_size + b.batch_idx) * p.seqlen_q + row.query) * p.num_heads_q +
-        row.head;
-    arch::stg(reinterpret_cast<tile::Float4*>(static_cast<float*>(p.out_partial) +
-                                              at * p.head_dim_v + col),
-              x);
-    return;
-  }
-  Element* out = static_cast<Element*>(p.out.data) + b.batch_idx * p.out.batch +
-                 row.query * p.out.seqlen + row.head * p.out.head + col;
-  if constexpr (sizeof(Element) == 4) {
-    if (p.vector_out) return arch::stg(reinterpret_cast<tile::Float4*>(out), x);
-  } else if (p.vector_out) {
-    const U32x2 packed{arch::pack<Element>(x.x, x.y), arch::pack<Element>(x.z, x.w)};
-    return arch::stg(reinterpret_cast<U32x2*>(out), packed);
-  }
-  const float value[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) arch::stg(out + i, arch::from_float<Element>(value[i]));
-}
-
 // Merges the warps' states, a thread for four columns of a row at a time.
 template <class Cfg>
 __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b, bool empty) {
@@ -328,12 +175,14 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b, bool empty) {
   const MergeStorage<Cfg> storage{b.ring()};
   constexpr int kColumns = Cfg::head_dim / 4;
 #pragma unroll 1
-  for (int i = arch::thread_idx(); i < Cfg::block_m * kColumns; i += Traits<Cfg>::num_threads) {
+  for (int i = arch::opaque(arch::thread_idx()); i < Cfg::block_m * kColumns;
+       i += Traits<Cfg>::num_threads) {
     const int r = i / kColumns;
     const int col = i % kColumns * 4;
     const bool inside =
         arch::predicate(b.first_row + r < b.rows.rows && col < static_cast<int>(p.head_dim_v));
     if (!inside) continue;
+    if (p.unified && arch::lds<uint32_t>(b.row_left(r)) == 0) continue;
     const tile::Row row = b.rows[b.first_row + r];
     const MergedRow<Cfg> merged = merge_row(storage, r);
     if (p.kv_splits == 1 || !empty) {
@@ -345,12 +194,16 @@ __device__ __forceinline__ void store_out_lse(const Block<Cfg>& b, bool empty) {
         sum = {fmaf(weight, x.x, sum.x), fmaf(weight, x.y, sum.y), fmaf(weight, x.z, sum.z),
                fmaf(weight, x.w, sum.w)};
       }
-      store_columns(b, row, col, sum);
+      if (p.kv_splits > 1) {
+        store_partial(b, row, col, sum);
+      } else {
+        store_columns(b, row, col, sum);
+      }
     }
     if (col == 0) {
       float* lse = static_cast<float*>(p.kv_splits > 1 ? p.lse_partial : p.lse);
       const int64_t batch = p.kv_splits > 1 ? b.split * p.batch_size + b.batch_idx : b.batch_idx;
-      arch::stg(lse + (batch * p.num_heads_q + row.head) * p.seqlen_q + row.query, merged.lse);
+      arch::stg(lse + b.lse_index(batch, row), merged.lse);
     }
   }
 }
@@ -361,21 +214,35 @@ __global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_
   Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
   load_q(b);  // on its way while the lengths are
   b.slots = tile::read_key_slots(p, b.batch_idx);
-  const SplitKeys keys = split_keys(b);
+  SplitKeys keys = split_keys(b);
 
   typename Traits<Cfg>::State state;
   typename Traits<Cfg>::Output acc_o;
-  bool exact = false;
+  Pass pass = p.unified ? Pass::kUnified : Pass::kOnline;
 #pragma unroll 1
   for (;;) {
-    attend(b, keys, exact, state, acc_o);
+    attend(b, keys, pass, state, acc_o);
     // This is also where no warp reads its stages any more.
-    if (!arch::sync_threads_or(!exact && !tile::all_finite(acc_o))) break;
-    exact = true;  // a value that is not finite was met: once more, with care
+    if (arch::sync_threads_or(pass == Pass::kOnline && !tile::all_finite(acc_o))) {
+      pass = Pass::kExact;  // a value that is not finite was met: once more, with care
+      continue;
+    }
+    const Block<Cfg> end = b.opaque();
+    store_state(end, pass, state, acc_o);
+    arch::sync_threads();  // every warp's state is there
+    if (pass == Pass::kUnified) {
+      if (!settle(end)) return;
+      b.split = 0;  // rows are left: the online softmax, one split after another
+    } else {
+      store_out_lse(end, keys.count == 0);
+      if (!p.unified) return;
+      arch::sync_threads();  // no warp reads the states any more
+      if (++b.split == static_cast<int>(p.kv_splits)) break;
+    }
+    pass = Pass::kOnline;
+    keys = split_keys(b);
   }
-  store_state(b, state, acc_o);
-  arch::sync_threads();  // every warp's state is there
-  store_out_lse(b, keys.count == 0);
+  if (p.kv_splits > 1) merge_left(b);
 }
 
 template <class Config>
@@ -386,7 +253,8 @@ struct Kernel {
 
   static Status launch(const Params& p, Stream stream) {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size * p.kv_splits;
-    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads, smem_bytes};
+    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
+                              p.unified ? smem_bytes : Traits<Cfg>::online_bytes};
     return arch::launch<decode_sm80<Cfg>>(config, stream, p);
   }
 };
