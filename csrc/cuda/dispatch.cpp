@@ -1,5 +1,6 @@
 #include "cuda/dispatch.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -114,6 +115,10 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
     p.to_cap = static_cast<float>(p.softmax_scale / p.softcap);
     p.from_cap = static_cast<float>(p.softcap * kLog2E);
   }
+  // In float32 arithmetic, as the kernels turn the phi of each head.
+  constexpr float kMost = std::numeric_limits<float>::max();
+  const auto phi = static_cast<float>(std::clamp<double>(p.phi, -kMost, kMost));
+  p.phi_log2 = std::clamp(phi * static_cast<float>(kLog2E), -kMost, kMost);
   p.group = static_cast<int32_t>(p.group_size());
   p.rows = static_cast<int32_t>(p.rows_per_kv_head());
   // float32 too: there a row of one key must give exactly its value, which a scale inside the
@@ -165,6 +170,11 @@ DecodePlan plan_decode(const CudaAttentionParams& p, ElementType element, const 
   }
   plan.kv_splits = kv_splits;
   return plan;
+}
+
+int64_t num_tickets(const CudaAttentionParams& p, const DecodePlan& plan) {
+  if (!p.unified || plan.kv_splits == 1) return 0;
+  return p.batch_size * p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plan.instance->block_m);
 }
 
 Status run_decode(CudaAttentionParams& p, const DecodePlan& plan, Stream stream) {

@@ -43,8 +43,12 @@ struct DecodePlan {
 DecodePlan plan_decode(const CudaAttentionParams& p, ElementType element, const Device& device,
                        int64_t kv_splits, bool batch_invariant);
 
+// How many of p.tickets run_decode uses: with a unified maximum, where the plan splits.
+int64_t num_tickets(const CudaAttentionParams& p, const DecodePlan& plan);
+
 // decode into out and lse, or, if the plan splits, into out_partial and lse_partial (float32, laid
-// out as AttentionFwdParams says), which run_combine then merges.
+// out as AttentionFwdParams says), which run_combine then merges; with a unified maximum those (and
+// row_max_partial) are working memory and out and lse are complete.
 Status run_decode(CudaAttentionParams& p, const DecodePlan& plan, Stream stream);
 
 Status run_combine(const CombineParams& p, ElementType element, const Device& device,

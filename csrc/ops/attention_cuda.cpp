@@ -15,13 +15,13 @@ std::tuple<Tensor, Tensor> attention_fwd(
   set_cuda_params(p, {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal,
                       window_left, window_right});
   set_softmax(p, {phi, phi_heads}, q);
-  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs = new_outputs(q, p);
   set_outputs(p, outputs);
   count_cuda_call();
   if (finish_without_keys(outputs, p.seqlen_kv)) return {outputs.out, outputs.lse};
 
   const CudaContext context(q);
+  if (p.unified) p.row_counters = cuda_row_counters(q);
   const cuda::Instance& instance =
       cuda::choose_attention("attention_fwd", cuda_element_type(q.scalar_type()), p.head_dim,
                              p.head_dim_v, context.device);

@@ -1,11 +1,39 @@
 // decode (Flash-Decoding) and merge_states on CUDA devices.
 #include <tuple>
+#include <vector>
 
 #include "ops/decode.h"
 #include "ops/runtime_cuda.h"
 
 namespace flashinfer_lite {
 namespace {
+
+// What a launch works with besides its inputs and outputs; kept until it is under way.
+struct Workspace {
+  std::optional<Tensor> out_partial, lse_partial, row_max_partial;
+  Tickets tickets;
+};
+
+Workspace new_workspace(const Tensor& q, CudaAttentionParams& p, const cuda::DecodePlan& plan,
+                        const CudaContext& context) {
+  Workspace w;
+  if (p.unified) p.row_counters = cuda_row_counters(q);
+  if (plan.kv_splits == 1) return w;
+  const auto floats = [&](const std::vector<int64_t>& shape) {
+    return torch::stable::new_empty(q, shape, ScalarType::Float);
+  };
+  const int64_t splits = plan.kv_splits;
+  w.out_partial = floats({splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});
+  w.lse_partial = floats({splits, p.batch_size, p.num_heads_q, p.seqlen_q});
+  p.out_partial = w.out_partial->data_ptr();
+  p.lse_partial = w.lse_partial->data_ptr();
+  if (!p.unified) return w;
+  w.row_max_partial = floats({splits, p.batch_size, p.num_heads_q, p.seqlen_q});
+  p.row_max_partial = w.row_max_partial->data_ptr();
+  w.tickets = cuda_tickets(context, q, cuda::num_tickets(p, plan));
+  p.tickets = w.tickets.data;
+  return w;
+}
 
 void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invariant,
                  Outputs& outputs, CudaAttentionParams& p) {
@@ -18,20 +46,11 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   const cuda::ElementType element = cuda_element_type(args.q.scalar_type());
   const cuda::DecodePlan plan =
       cuda::plan_decode(p, element, context.device, kv_splits, batch_invariant);
-  std::optional<Tensor> out_partial, lse_partial;
-  if (plan.kv_splits > 1) {
-    out_partial = torch::stable::new_empty(
-        args.q, {plan.kv_splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v},
-        ScalarType::Float);
-    lse_partial = torch::stable::new_empty(
-        args.q, {plan.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q}, ScalarType::Float);
-    p.out_partial = out_partial->data_ptr();
-    p.lse_partial = lse_partial->data_ptr();
-  }
+  const Workspace workspace = new_workspace(args.q, p, plan, context);
   const Status status = cuda::run_decode(p, plan, context.stream);
   check_launch(status, context, *plan.instance,
                p.batch_size * p.num_heads_kv * p.num_m_blocks * p.kv_splits);
-  if (plan.kv_splits > 1) {
+  if (plan.kv_splits > 1 && !p.unified) {
     const CombineParams c = cuda::combine_of(p);
     check_combine(cuda::run_combine(c, element, context.device, context.stream), context, c);
   }
@@ -51,7 +70,6 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);
-  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs = new_outputs(q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);
   return {outputs.out, outputs.lse};
@@ -69,7 +87,6 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);
-  check(!p.unified, "phi: no CUDA kernel yet");
   Outputs outputs{out, lse};
   check_outputs(outputs, q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);

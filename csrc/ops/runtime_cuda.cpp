@@ -2,7 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -11,8 +10,6 @@ namespace flashinfer_lite {
 namespace {
 
 constexpr int kMaxDevices = 128;
-
-std::atomic<int64_t> calls{0};
 
 const char* error_text(Status status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
@@ -122,15 +119,6 @@ std::string cuda_instances() {
   return names;
 }
 
-// cuda_stats(reset) -> int64 [calls, rows_checked, rows_recomputed], this half's part of stats().
-Tensor cuda_stats(bool reset) {
-  Tensor out = torch::stable::empty({3}, ScalarType::Long);
-  int64_t* values = static_cast<int64_t*>(out.data_ptr());
-  values[0] = reset ? calls.exchange(0) : calls.load();
-  values[1] = values[2] = 0;
-  return out;
-}
-
 }  // namespace
 
 CudaContext::CudaContext(const Tensor& x)
@@ -189,12 +177,20 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void count_cuda_call() { calls.fetch_add(1, std::memory_order_relaxed); }
+RelaxedCapture::RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+RelaxedCapture::~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+void* allocate_for_good(int64_t bytes) {
+  const RelaxedCapture relaxed;
+  void* data = nullptr;
+  if (cudaMalloc(&data, static_cast<size_t>(bytes)) == cudaSuccess) return data;
+  cudaGetLastError();  // or the next who asks is told of it
+  return nullptr;
+}
 
 }  // namespace flashinfer_lite
 
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CompositeExplicitAutograd, m) {
   m.impl("cuda_version_error", FIL_BOX(flashinfer_lite::cuda_version_error));
   m.impl("cuda_instances", FIL_BOX(flashinfer_lite::cuda_instances));
-  m.impl("cuda_stats", FIL_BOX(flashinfer_lite::cuda_stats));
 }

@@ -1,6 +1,7 @@
 // What every CUDA op needs around its launch: device, stream, lengths, errors, counters.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/dispatch.h"
@@ -45,7 +46,26 @@ struct Tickets {
 };
 Tickets cuda_tickets(const CudaContext& context, const Tensor& like, int64_t count);
 
+// While it lives, this thread may call what a capture anywhere in the process otherwise forbids.
+class RelaxedCapture {
+ public:
+  RelaxedCapture();
+  ~RelaxedCapture();
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then what it was
+};
+
+// From the driver and not from torch, which may be lending the memory of a graph: torch's CUDA
+// graph trees do that while they warm up, and take all of it back. Null if there is none left.
+void* allocate_for_good(int64_t bytes);
+
 // Counts one call for cuda_stats().
 void count_cuda_call();
+
+// Where kernels on x's device count rows for cuda_stats(); made by the first call, zeroed once.
+RowCounters* cuda_row_counters(const Tensor& x);
 
 }  // namespace flashinfer_lite

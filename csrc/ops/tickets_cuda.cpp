@@ -28,19 +28,6 @@ void set_to_zero(void* data, int64_t count, Stream stream) {
              "cudaMemsetAsync of tickets");
 }
 
-// From the driver and not from torch, which may be lending the memory of a graph: torch's CUDA
-// graph trees do that while they warm up, and take all of it back. Null if there is none left.
-uint32_t* allocate(int64_t count) {
-  // A capture anywhere in the process forbids cudaMalloc, except to a thread that says it means it.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-  void* data = nullptr;
-  const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(count) * sizeof(uint32_t));
-  if (error != cudaSuccess) cudaGetLastError();  // or the next who asks is told of it
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-  return error == cudaSuccess ? static_cast<uint32_t*>(data) : nullptr;
-}
-
 // The stream's own buffer, zeroed when made; null if there is no memory for it. The launches of a
 // stream run one after another, and each leaves its tickets at 0. None is freed: what is under way
 // may still use it, and the next is twice as large.
@@ -53,7 +40,7 @@ uint32_t* stream_tickets(const CudaContext& context, int64_t count) {
   Buffer& buffer = buffers[{&context.device, id}];
   if (buffer.count >= count) return buffer.data;
   const int64_t more = std::max({count, 2 * buffer.count, kFewest});
-  uint32_t* data = allocate(more);
+  auto* data = static_cast<uint32_t*>(allocate_for_good(more * int64_t{sizeof(uint32_t)}));
   if (data == nullptr) return nullptr;
   set_to_zero(data, more, context.stream);
   buffer = {data, more};

@@ -124,6 +124,8 @@ void bind_attention_params(py::module_& m) {
       .def_readwrite("window_right", &P::window_right)
       .def_readwrite("softmax_scale", &P::softmax_scale)
       .def_readwrite("softcap", &P::softcap)
+      .def_readwrite("unified", &P::unified)
+      .def_readwrite("phi", &P::phi)
       .def_readonly("kv_splits", &P::kv_splits)
       .def("set_top_left", [](P& p) { p.alignment = Alignment::kTopLeft; })
       .def("set_mask", [](P& p, const MaskTuple& x) { p.mask = mask_view(x); })
@@ -137,6 +139,10 @@ void bind_attention_params(py::module_& m) {
   bind_address<P, void*>(c, "lse", &P::lse);
   bind_address<P, void*>(c, "out_partial", &P::out_partial);
   bind_address<P, void*>(c, "lse_partial", &P::lse_partial);
+  bind_address<P, void*>(c, "row_max_partial", &P::row_max_partial);
+  bind_address<P, const float*>(c, "phi_heads", &P::phi_heads);
+  bind_address<P, uint32_t*>(c, "tickets", &P::tickets);
+  bind_address<P, RowCounters*>(c, "row_counters", &P::row_counters);
 }
 
 void bind_combine_params(py::module_& m) {
@@ -205,6 +211,7 @@ void bind_kernels(py::module_& m) {
     check_sizes(p);
     return cuda::run_attention_fwd(p, instance_of("attention_fwd", name), device, nullptr);
   });
+  m.def("num_tickets", &cuda::num_tickets);
   m.def("decode", [](CudaAttentionParams& p, const cuda::DecodePlan& plan) {
     check_sizes(p);
     return cuda::run_decode(p, plan, nullptr);

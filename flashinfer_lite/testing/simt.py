@@ -57,6 +57,8 @@ class Executor:
 
     Attributes:
         reports: one per kernel launch or pair of launches, the newest last.
+        rows_checked, rows_recomputed: with a unified maximum, as counted by the newest call.
+        tickets: of the newest call, as it left them.
     """
 
     def __init__(self, instance=None, device=None, *, tolerate=False, hooks=False, **options):
@@ -80,8 +82,19 @@ class Executor:
         call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
         return call.results(return_lse)
 
-    def decode(self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments):
-        """`flashinfer_lite.decode` on the executor."""
+    def decode(
+        self,
+        q,
+        k,
+        v,
+        *,
+        kv_splits=0,
+        batch_invariant=False,
+        return_lse=False,
+        launches=1,
+        **arguments,
+    ):
+        """`flashinfer_lite.decode` on the executor, so many times in the same working memory."""
         call = _Call(self, q, k, v, arguments)
         plan = self.module.plan_decode(
             call.params, NAMES[q.dtype], self.device, kv_splits, batch_invariant
@@ -89,16 +102,17 @@ class Executor:
         if self.instance:
             plan.instance = self.instance
         if plan.kv_splits > 1:
-            call.add_partials(plan.kv_splits)
+            call.add_partials(plan)
 
         def launch():
-            self.module.decode(call.params, plan)
-            if plan.kv_splits > 1:
-                merge = self.module.combine_of(call.params)
-                self.module.combine(merge, NAMES[q.dtype], self.device)
+            for _ in range(launches):
+                self.module.decode(call.params, plan)
+                if plan.kv_splits > 1 and not call.params.unified:
+                    merge = self.module.combine_of(call.params)
+                    self.module.combine(merge, NAMES[q.dtype], self.device)
 
         call.run(launch)
-        self.plan = plan
+        self.plan, self.tickets = plan, call.tickets
         return call.results(return_lse)
 
     def merge_states(self, outs, lses):
@@ -183,9 +197,13 @@ class _Memory:
             return torch.empty(shape, dtype=dtype)
         return self.guarded(name, size * dtype.itemsize, dtype, True).view(shape)
 
+    def counters(self, name, count, dtype):
+        """Integers at 0 that the kernel finds there."""
+        return self.guarded(name, count * dtype.itemsize, dtype, True, True).zero_()
+
     def tickets(self, count):
         """int32 counters at 0, as `cuda_tickets` of csrc/ops gives them to an op."""
-        return self.guarded("tickets", 4 * count, torch.int32, True, True).zero_()
+        return self.counters("tickets", count, torch.int32)
 
     def copy_of(self, name, x):
         """The same strides and alignment, in memory that ends where x ends."""
@@ -224,6 +242,8 @@ class _Call:
         for name, x in (("q", q), ("k", k), ("v", v)):
             x = self._placed(name, x)
             setattr(p, name, (x.data_ptr(), *x.stride()[:3]))
+        self.tickets = None
+        self._set_softmax(q, arguments.pop("softmax", "auto"), arguments.pop("phi", None))
         self._set_scores(q, k, **arguments)
         self.out = self.memory.output("out", (*self.rows, v.shape[3]), q.dtype)
         self.lse = self.memory.output("lse", (q.shape[0], q.shape[2], q.shape[1]), torch.float32)
@@ -235,6 +255,17 @@ class _Call:
         if x.numel() and span > self.LARGE:
             return self.memory.in_place(name, x)
         return self.memory.copy_of(name, x)
+
+    def _set_softmax(self, q, softmax, phi):
+        p = self.params
+        phi, phi_heads = _check.unified(softmax, phi, q)
+        p.unified = phi is not None or phi_heads is not None
+        self.row_counters = self.memory.counters("row counters", 2, torch.int64)
+        p.row_counters = self.row_counters.data_ptr()
+        if phi is not None:
+            p.phi = phi
+        if phi_heads is not None:
+            p.phi_heads = self.memory.copy_of("phi_heads", phi_heads).data_ptr()
 
     def _set_scores(
         self,
@@ -270,16 +301,22 @@ class _Call:
                 x = self.memory.copy_of(name, x)
                 setter((x.data_ptr(), x.dtype == torch.int64, x.stride(0)))
 
-    def add_partials(self, kv_splits):
-        shape = (kv_splits, *self.rows, self.params.head_dim_v)
-        out = self.memory.output("out_partial", shape, torch.float32)
+    def add_partials(self, plan):
+        p, kv_splits = self.params, plan.kv_splits
+        shape = (kv_splits, *self.rows, p.head_dim_v)
+        p.out_partial = self.memory.output("out_partial", shape, torch.float32).data_ptr()
         batch_size, seqlen_q, num_heads_q = self.rows
         shape = (kv_splits, batch_size, num_heads_q, seqlen_q)
-        lse = self.memory.output("lse_partial", shape, torch.float32)
-        self.params.out_partial, self.params.lse_partial = out.data_ptr(), lse.data_ptr()
+        p.lse_partial = self.memory.output("lse_partial", shape, torch.float32).data_ptr()
+        if not p.unified:
+            return
+        p.row_max_partial = self.memory.output("row_max_partial", shape, torch.float32).data_ptr()
+        self.tickets = self.memory.tickets(self.executor.module.num_tickets(p, plan))
+        p.tickets = self.tickets.data_ptr()
 
     def run(self, launch):
         self.executor._run(self.memory, launch)
+        self.executor.rows_checked, self.executor.rows_recomputed = self.row_counters.tolist()
 
     def results(self, return_lse):
         out, lse = self.out.clone(), self.lse.clone()

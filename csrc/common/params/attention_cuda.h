@@ -12,8 +12,8 @@ struct LengthsView {
   int64_t stride = 1;
 };
 
-// In device memory, one of each device: rows that the unified maximum was tried on, and those of them
-// that the online softmax did again.
+// In device memory, one of each device: rows that the unified maximum was tried on, and those of
+// them that the online softmax did again.
 struct RowCounters {
   uint64_t checked;
   uint64_t recomputed;

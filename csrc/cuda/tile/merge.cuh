@@ -30,7 +30,8 @@ __device__ __forceinline__ float largest_lse(const RowStates<Partial>& states, i
   return largest;
 }
 
-// out[cols] <- the merge; returns its lse. A state with lse = -inf is empty and its out is not read.
+// out[cols] <- the merge; returns its lse. A state with lse = -inf is empty and its out is not
+// read.
 template <class Partial, class Element>
 __device__ __forceinline__ float merge_row(const RowStates<Partial>& states, Element* out,
                                            int64_t cols, int lane) {

@@ -1,5 +1,5 @@
-// Softmax on fragments, in the exp2 domain: online (Dao, FlashAttention-2, arXiv 2307.08691), or on a
-// base that never moves (unified.cuh).
+// Softmax on fragments, in the exp2 domain: online (Dao, FlashAttention-2, arXiv 2307.08691), or on
+// a base that never moves (unified.cuh).
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
-// Softmax with a unified maximum (FlashDecoding++, Hong et al., arXiv 2311.01282): every probability
-// of a query head stands on one phi, so that partial results are sums and nothing is exchanged or
-// rescaled while keys stream. Whether that was safe is seen at the end, once per row, by the guard of
-// common/unified.h; a row where it was not is left to the online softmax.
+// Softmax with a unified maximum (FlashDecoding++, Hong et al., arXiv 2311.01282): every
+// probability of a query head stands on one phi, so that partial results are sums and nothing is
+// exchanged or rescaled while keys stream. Whether that was safe is seen at the end, once per row,
+// by the guard of common/unified.h; a row where it was not is left to the online softmax.
 //
 // A row stands on its phi as the online softmax does on its base: state.row_max, which never moves.
 #pragma once
@@ -27,8 +27,8 @@ __device__ __forceinline__ float phi_log2(const Params& p, int head) {
   return p.phi_heads == nullptr ? p.phi_log2 : phi_log2_of(arch::ldg(p.phi_heads + head));
 }
 
-// The largest score, in units of 1 / scale log2, of each row that a lane holds, for the guard alone:
-// in words of the lane's own in shared memory, for registers are dear while keys stream.
+// The largest score, in units of 1 / scale log2, of each row that a lane holds, for the guard
+// alone: in words of the lane's own in shared memory, for registers are dear while keys stream.
 template <int kM>
 struct LargestScores {
   static constexpr int bytes = kM * 8;  // of a lane
@@ -82,7 +82,9 @@ struct UnifiedRow {
     const bool bounded = above > static_cast<float>(guard.low * kLog2E) &&
                          above < static_cast<float>(guard.high * kLog2E);
     constexpr uint32_t kInf = 0x7f800000u;
-    const bool finite = magnitude(row_sum) < kInf && largest < kInf;
+    // Quotients are looked at too: near the largest number one may round beyond it.
+    const float quotient = std::bit_cast<float>(largest) * (1.f / row_sum);
+    const bool finite = magnitude(row_sum) < kInf && magnitude(quotient) < kInf;
     const bool may_underflow = above < 0.f && largest < std::bit_cast<uint32_t>(kTinyNumerator);
     return bounded && finite && !may_underflow ? RowVerdict::kGood : RowVerdict::kViolated;
   }

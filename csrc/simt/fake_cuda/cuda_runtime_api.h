@@ -1,5 +1,5 @@
 // The part of the CUDA runtime that the ops use, declared as in NVIDIA's header of that name.
-// Nothing here waits for a device: an op that did would not compile.
+// What waits for a device is for counters alone: when they are made, and when they are read.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +24,10 @@ enum cudaDeviceAttr {
 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
+
+constexpr unsigned cudaStreamNonBlocking = 1;
+
 enum cudaStreamCaptureMode {
   cudaStreamCaptureModeGlobal = 0,
   cudaStreamCaptureModeThreadLocal = 1,
@@ -47,6 +51,11 @@ cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id);
 cudaError_t cudaMalloc(void** data, size_t bytes);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaGetLastError();
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
 }

@@ -136,6 +136,27 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t /*
   return cudaSuccess;
 }
 
+// A capture of any stream forbids waiting, unless the mode is relaxed.
+static cudaError_t wait() {
+  const bool captures = fake_cuda().capturing != ~uintptr_t{0};
+  const bool relaxed = flashinfer_lite::simt::capture_mode == cudaStreamCaptureModeRelaxed;
+  return captures && !relaxed ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t /*stream*/) { return wait(); }
+cudaError_t cudaStreamDestroy(cudaStream_t /*stream*/) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return wait(); }
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind /*kind*/) {
+  std::copy_n(static_cast<const uint8_t*>(from), bytes, static_cast<uint8_t*>(to));
+  return wait();
+}
+
 cudaError_t cudaGetLastError() {
   return static_cast<cudaError_t>(std::exchange(fake_cuda().last_error, 0));
 }

@@ -18,8 +18,8 @@
 // end the rows that stay within the guard's bounds are stored; if any other is left, the block runs
 // the online scheme as it would have without, and stores those.
 //
-// Shared memory: Q | K | V, all swizzled; unified besides: each lane's largest scores | a mask of each
-// warp's rows that are left. The epilogue passes out through Q's rows.
+// Shared memory: Q | K | V, all swizzled; unified besides: each lane's largest scores | a mask of
+// each warp's rows that are left. The epilogue passes out through Q's rows.
 #pragma once
 
 #include <algorithm>
@@ -53,8 +53,7 @@ struct Traits {
   using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
   using Largest = tile::LargestScores<m_tiles>;
   static constexpr int tile_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
-  static constexpr int smem_bytes =
-      tile_bytes + num_threads * Largest::bytes + Cfg::num_warps * 4;
+  static constexpr int smem_bytes = tile_bytes + num_threads * Largest::bytes + Cfg::num_warps * 4;
   // Eight warps on a multiprocessor have 255 registers a thread.
   static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
@@ -84,7 +83,8 @@ struct Block {
   __device__ __forceinline__ typename T::VTile v() const { return {k().base + T::KTile::bytes}; }
 
   __device__ __forceinline__ typename T::Largest largest() const {
-    return {q().base + static_cast<uint32_t>(T::tile_bytes + arch::thread_idx() * T::Largest::bytes)};
+    return {q().base +
+            static_cast<uint32_t>(T::tile_bytes + arch::thread_idx() * T::Largest::bytes)};
   }
   __device__ __forceinline__ uint32_t rows_left() const {
     return q().base + static_cast<uint32_t>(T::smem_bytes - (Cfg::num_warps - warp) * 4);

@@ -1,7 +1,7 @@
 // The end of decode's pass with a unified maximum (FlashDecoding++): what warps and splits have are
-// sums, so that the split that arrives last adds them up in their order, and no second launch merges.
-// The guard decides there, once for each row; rows that it leaves to the online softmax get it from
-// the same block: every split's partial, and the merge that combine does.
+// sums, so that the split that arrives last adds them up in their order, and no second launch
+// merges. The guard decides there, once for each row; rows that it leaves to the online softmax get
+// it from the same block: every split's partial, and the merge that combine does.
 #pragma once
 
 #include <algorithm>
@@ -74,7 +74,8 @@ __device__ __forceinline__ RowSums<Cfg> sum_warps(const Block<Cfg>& b, int r) {
 #pragma unroll
     for (int i = 0; i < Sums::parts; ++i) {
       const int col = Sums::col(i, b.lane);
-      if (col < Cfg::head_dim) sums.add(i, arch::lds<tile::Float4>(storage.output(warp).at(r, col)));
+      if (col < Cfg::head_dim)
+        sums.add(i, arch::lds<tile::Float4>(storage.output(warp).at(r, col)));
     }
   }
   return sums;
@@ -105,8 +106,8 @@ __device__ __forceinline__ RowSums<Cfg> sum_splits(const Block<Cfg>& b, tile::Ro
     for (int s = 0; s < here; ++s) {
       sums.row_sum += arch::shfl(row_sum, s);
       if ((seen >> s & 1u) == 0) continue;
-      const float* x = static_cast<const float*>(p.out_partial) +
-                       b.partial_index(first + s, row) * p.head_dim_v;
+      const float* x =
+          static_cast<const float*>(p.out_partial) + b.partial_index(first + s, row) * p.head_dim_v;
 #pragma unroll
       for (int i = 0; i < Sums::parts; ++i) {
         const int col = Sums::col(i, b.lane);
@@ -154,8 +155,7 @@ __device__ __forceinline__ bool arrives_last(const Block<Cfg>& b) {
   arch::sync_threads();  // the block's own are written
   if (arch::thread_idx() == 0) {
     const int64_t m_block = b.first_row / Cfg::block_m;
-    const int64_t at =
-        (b.batch_idx * p.num_m_blocks + m_block) * p.num_heads_kv + b.rows.head_kv;
+    const int64_t at = (b.batch_idx * p.num_m_blocks + m_block) * p.num_heads_kv + b.rows.head_kv;
     arch::fence_gpu();  // they are seen before the ticket is
     const uint32_t drawn = arch::ticket(p.tickets + at, last);
     arch::fence_gpu();  // what is read from here on is no older than the ticket
