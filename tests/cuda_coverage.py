@@ -36,7 +36,7 @@ ATTENTION = (
     *("rows 1", "rows tile-1", "rows tile", "rows tile+1"),
     *("keys 0", "keys 1", "keys tile-1", "keys tile", "keys tile+1"),
     *("empty rows", "hidden NaN or inf", "visible NaN or inf", "extreme logits"),
-    "sequence alone",
+    *("sequence alone", "unified", "unified, phi by head", "unified, rows recomputed"),
 )
 DECODE = ("1 split", "2 splits", "7 splits", "empty splits", "batch invariant", "queries > 1")
 COMBINE = (
@@ -194,8 +194,18 @@ class Recording(simt.Executor):
                 *_sizes(self.row, q, k, v),
                 *(name for x in (q, k, v) if x.numel() for name in _layouts(x)),
                 *_results(q, k, v, out, lse),
+                *self._unified(**arguments),
             ]
         )
+
+    def _unified(self, phi=None, softmax="auto", **_):
+        if phi is None and softmax != "unified":
+            return
+        yield "unified"
+        if torch.is_tensor(phi):
+            yield "unified, phi by head"
+        if 0 < self.rows_recomputed < self.rows_checked:
+            yield "unified, rows recomputed"
 
     def attention(self, q, k, v, *, return_lse=False, **arguments):
         out, lse = super().attention(q, k, v, return_lse=True, **arguments)
@@ -216,7 +226,7 @@ class Recording(simt.Executor):
                 *(["queries > 1"] if q.shape[1] > 1 else []),
             ]
         )
-        if splits > 1:  # unwritten partials are NaN
+        if splits > 1 and not any(self._unified(**arguments)):  # unwritten partials are NaN
             merged = ["empty states", "NaN in empty state"] if empty else []
             merged += [f"{splits} states", *(["columns % 32"] if v.shape[3] % 32 else [])]
             self.record(merged, f"combine_sm80_{self.row.dtype}_from_float32")
@@ -323,7 +333,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("CUDA kernels on the executor: tests of each row and feature")
     terminalreporter.write_line("9: nine or more, '.': none, '-': refused, see below")
     for kernel, features in FEATURES.items():
-        keys = string.ascii_letters[: len(features)]
+        keys = (string.ascii_letters + "+*#@&%")[: len(features)]
         legend = ", ".join(f"{key} {name}" for key, name in zip(keys, features, strict=True))
         terminalreporter.write_line("")
         terminalreporter.write_line(textwrap.fill(f"{kernel}: {legend}", 98))

@@ -1,5 +1,6 @@
 """The cases of test_cuda_ops.py, for a process whose CUDA half is the one of made_up_gpus.py."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -100,7 +101,8 @@ def raw_arguments(q, k, v, **changes):
     """Of the op decode itself, past the checks in Python."""
     arguments = {"mask": None, "kv_start": None, "seqlens_kv": None, "softmax_scale": 0.25}
     arguments |= {"softcap": 0.0, "causal": 1, "window_left": -1, "window_right": -1}
-    arguments |= {"kv_splits": 0, "batch_invariant": False, **changes}
+    arguments |= {"kv_splits": 0, "batch_invariant": False, "phi": None, "phi_heads": None}
+    arguments |= changes
     return q, k, v, *arguments.values()
 
 
@@ -272,6 +274,29 @@ def while_a_graph_is_captured_nothing_is_read(op):
     expected = run(q, k, v, **clamped, return_lse=True)
     assert_same_bits(out, expected[0])
     assert_same_bits(lse, expected[1])
+
+
+@case("attention", "decode")
+def unified_maximum(op):
+    """Rows are counted on each device, under a capture too; one launch, whatever the splits."""
+    q, k, v = make_qkv(*SHAPE, dtype=torch.bfloat16)
+    by_head = torch.tensor([0.5, 99.0, 0.5, 0.5])
+    for index, kv_splits, phi, recomputed in (
+        (1, 3, 0.5, 0),
+        (0, 3, by_head, 10),
+        (0, 1, 99.0, 40),
+    ):
+        fi.stats(reset=True)
+        bound = {"kv_splits": kv_splits} if op == "decode" else {}
+        run = on_gpu(getattr(fi, op), device=f"cuda:{index}", **bound)
+        gpus().machine.capturing = STREAMS[1] if index == 1 else NO_STREAM
+        try:
+            check_forward(lambda *t, run=run, phi=phi, **a: run(*t, phi=phi, **a), q, k, v)
+        finally:
+            gpus().machine.capturing = NO_STREAM
+        assert dataclasses.astuple(fi.stats(reset=True))[1:] == (40, recomputed)
+        assert dataclasses.astuple(fi.stats())[1:] == (0, 0)
+    assert len(launched()) == 3
 
 
 @case()

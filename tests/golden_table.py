@@ -185,6 +185,15 @@ def atomic_add(name, start, values, encode):
     )  # fmt: skip
 
 
+def atomic_add_64():
+    """Over the carry from the low word, which starts at its largest, to the high one."""
+    sum_ = 2**32 - 1 + (int(LANES.sum()) << 28)
+    expected = words([sum_ % 2**32, sum_ >> 32])
+    return Case(
+        "AtomicAdd64", ("atomic_add",), words(LANES), expected, initial={0: 2**32 - 1, 1: 0}
+    )
+
+
 def ticket():
     """atom.inc: old >= last ? 0 : old + 1."""
     expected = np.full(96, UNTOUCHED, dtype=np.uint32)
@@ -359,6 +368,7 @@ def all_cases():
     yield atomic_add("int32", -100, steps, words)
     yield atomic_add("uint32", 2**32 - 100, np.abs(steps), words)
     yield atomic_add("float", -100.5, steps, float_words)
+    yield atomic_add_64()
     yield from (ldmatrix(trans=False), ldmatrix(trans=True))
     yield from (mma(element, tiles) for element in ("bfloat16", "float16") for tiles in (1, 3))
     yield unary("Exp2", "exp2", EXP2_ARGUMENTS, exp2_matches)

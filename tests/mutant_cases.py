@@ -378,6 +378,8 @@ def combine_cases():
 
 @functools.cache
 def suite():
-    from mutant_flat import flat_cases  # which is made of what is here
+    from mutant_flat import flat_cases  # both are made of what is here
+    from mutant_unified import unified_cases
 
-    return [*attention_cases(), *decode_cases(), *combine_cases(), *flat_cases()]
+    ours = [*attention_cases(), *decode_cases(), *combine_cases()]
+    return [*ours, *unified_cases(), *flat_cases()]

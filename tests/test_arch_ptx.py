@@ -69,6 +69,11 @@ MEMORY = [
     ("prefetch_l2", "prefetch_l2(p);", r"prefetch\.global\.L2 "),
     ("atomic_add", "out(atomic_add(cast<int32_t>(p), int32_t{3}));", r"atom\.global\.add\.[us]32 "),
     ("atomic_add", "out(atomic_add(cast<uint32_t>(p), 3u));", r"atom\.global\.add\.u32 "),
+    (
+        "atomic_add",
+        "out(atomic_add(cast<uint64_t>(p), uint64_t{3}));",
+        r"atom\.global\.add\.u64 ",
+    ),
     ("atomic_add", "out(atomic_add(cast<float>(p), x));", r"atom\.global\.add\.f32 "),
     ("ticket", "out(ticket(cast<uint32_t>(p), 5));", r"atom\.global\.inc\.u32 .*, 5;"),
     ("fence_gpu", "fence_gpu();", r"fence\.acq_rel\.gpu;"),

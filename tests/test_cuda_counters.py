@@ -42,7 +42,12 @@ def per_warp(row, rows, threads=32):
 #     16-byte chunks leaves two rows on each bank.
 #   ld.global of combine: a lane takes the lse of a state, and states lie a whole batch apart; the
 #     rest of the sector is for the next rows' warps.
-BY_FORMULA = {("st.shared", EPILOGUE): "float32", ("ld.global", "combine/sm80.cuh"): ""}
+#   ld.global of decode's last split with a unified maximum: likewise.
+BY_FORMULA = {
+    ("st.shared", EPILOGUE): "float32",
+    ("ld.global", "tile/merge.cuh"): "",
+    ("ld.global", "decode/unified.cuh"): "",
+}
 
 
 def counted(row, report):
@@ -159,19 +164,21 @@ def decode_expected(row, heads_kv, group, kv_splits, key_blocks):
         (access, GEMM): (requests, wavefronts),
         ("st.shared", kernel): (blocks * left, 2 * blocks * left),
         ("ld.shared", kernel): (2 * read, 4 * read + 2 * read),  # columns, and the row's state
-        ("st.global", kernel): (taken + lse, taken * sectors + lse),
+        ("st.global", "decode/block.cuh"): (taken, taken * sectors),
+        ("st.global", kernel): (lse, lse),
     }
 
 
 def combine_expected(row, rows, num_states, partial_size):
     """`rows` heads of one query: a multiple of 8, so that no two states share a sector."""
-    kernel, columns = "combine/sm80.cuh", row.head_dim // 32
+    merge, columns = "tile/merge.cuh", row.head_dim // 32
     return {
-        ("ld.global", kernel): (
+        ("ld.global", merge): (
             rows * (2 * -(-num_states // 32) + num_states * columns),
             rows * num_states * (2 + columns * partial_size),
         ),
-        ("st.global", kernel): (rows * (columns + 1), rows * (columns * size_of(row) + 1)),
+        ("st.global", merge): (rows * columns, rows * columns * size_of(row)),
+        ("st.global", "combine/sm80.cuh"): (rows, rows),
     }
 
 
@@ -199,6 +206,56 @@ def test_decode_under_a_window(device, executor, row):
     requests, wavefronts = counted(row, ex.report)["cp.async.global", COPY]
     # 3 block_n + 1 keys lie in four blocks, two for each split.
     assert requests == 2 * per_warp(row, 4) + 4 * 2 * per_warp(row, row.block_n)
+
+
+def maxima(row, steps):
+    """(loads, stores) of shared memory, two maxima a lane, in so many (warp with 16 rows, step)."""
+    m_tiles = max(row.block_m // 16 // row.num_warps, 1) if row.kernel == "attention_fwd" else 1
+    return steps * m_tiles, steps * m_tiles
+
+
+@every_forward
+def test_forward_with_a_unified_maximum(device, executor, row):
+    """What the online softmax asks for, and each lane's maxima in shared memory: once a step."""
+    seqlen_kv, heads = row.block_n * 3, 2
+    q, k, v = make_qkv(1, row.block_m, seqlen_kv, heads, heads, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    ex.attention(q, k, v, phi=-4.0)
+    assert (ex.rows_checked, ex.rows_recomputed) == (heads * row.block_m, 0)
+    got = counted(row, ex.report)
+    loads, stores = maxima(row, heads * 3 * row.num_warps)
+    once = heads * row.num_warps * loads // (heads * 3 * row.num_warps)
+    unified = "tile/unified.cuh"
+    assert got.pop(("st.shared", unified)) == (stores + once, 2 * (stores + once))
+    assert got.pop(("ld.shared", unified)) == (loads + 2 * once, 2 * (loads + 2 * once))
+    assert got.pop(("atom.global", unified))[0] == heads * row.num_warps
+    kernel = "attention_fwd/sm80.cuh"
+    assert got.pop(("st.shared", kernel))[0] == heads * row.num_warps  # the rows that are left
+    assert got == forward_expected(row, heads, 3 * heads)
+
+
+@every_decode
+def test_decode_with_a_unified_maximum(device, executor, row):
+    """One launch: the cache is read once, each partial written once and read once."""
+    heads_kv, group, kv_splits = 2, 4, 3
+    keys = kv_splits * 5 * row.block_n
+    q, k, v = make_qkv(1, 1, keys, heads_kv * group, heads_kv, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    ex.decode(q, k, v, kv_splits=kv_splits, phi=-4.0)
+    assert ex.report.totals["blocks"] == heads_kv * kv_splits
+    got = counted(row, ex.report)
+    assert not any(file.startswith("combine") for _, file in got)
+    expected = decode_expected(row, heads_kv, group, kv_splits, 5)
+    for key in (("cp.async.global", COPY), ("cp.async.shared", COPY)):
+        assert got[key] == expected[key]
+    assert ex.report.totals["mmas"] == mmas(row, heads_kv * kv_splits * 5)
+    # Of each row and split: the columns and two floats, 32 lanes with 16 bytes each.
+    rows, parts = heads_kv * group, -(-row.head_dim // 128)
+    requests, _ = got["ld.global", "decode/unified.cuh"]
+    assert requests == rows * (2 + kv_splits * parts)
+    requests, _ = got["st.global", "decode/block.cuh"]
+    assert requests == rows * (kv_splits + 1) * parts
+    assert got["atom.global", "decode/unified.cuh"][0] == heads_kv * kv_splits  # tickets
 
 
 @pytest.mark.parametrize("row", COMBINE_ROWS, ids=lambda row: row.name)

@@ -187,6 +187,18 @@ def test_random_combination(device, executor, seed):
     check_forward(kernel_of(executor, row, kv_splits=rng.choice([1, 2, 5])), *qkv, **arguments)
 
 
+@every_row
+def test_unified_maximum(device, executor, row):
+    """In and out of its bounds; test_cuda_unified.py has the rest."""
+    op = kernel_of(executor, row, kv_splits=2)
+    qkv = make_qkv(2, 9, row.block_n + 9, 4, 2, row.head_dim, dtype=dtype_of(row))
+    arguments = {"causal": True, "seqlens_kv": lengths(row.block_n + 9, 5)}
+    phi = -5.0 if row.dtype == "float16" else 0.5
+    check_forward(functools.partial(op, phi=phi), *qkv, **arguments)
+    phi = torch.tensor([phi, 99.0, phi, -99.0])
+    check_forward(functools.partial(op, phi=phi), *qkv, **arguments)
+
+
 def poisoned(t, keys, value):
     """A copy in which those keys hold nothing but `value`."""
     t = t.clone()

@@ -60,6 +60,21 @@ def decode_cases(device):
         yield f"decode {name}", op, q, k, v, {"seqlens_kv": ends, "causal": True}
 
 
+def unified_cases(device):
+    """Within the guard's bounds, out of them for every row, and for one head of four."""
+    for dtype, phi in ((BFLOAT16, 0.5), (FLOAT16, -5.0), (FLOAT32, 0.5)):
+        by_head = torch.tensor([phi, 90.0, phi, phi], device=device)
+        for head_dim in (64, 128, 256):
+            q, k, v = make_qkv(2, 37, 261, 4, 2, head_dim, dtype=dtype, device=device)
+            for name, value in {"in": phi, "out": 90.0, "by head": by_head}.items():
+                label = f"{dtype} {head_dim} unified {name}"
+                op = functools.partial(attention, phi=value)
+                yield f"attention {label}", op, q, k, v, {"causal": True}
+                for kv_splits in (1, 3):
+                    op = functools.partial(decode, phi=value, kv_splits=kv_splits)
+                    yield f"decode {label} splits {kv_splits}", op, q[:, :2], k, v, {}
+
+
 def run_merge(device):
     for dtype in (BFLOAT16, FLOAT32):
         outs = torch.randn(5, 2, 3, 4, 72, device=device).to(dtype)
@@ -78,7 +93,7 @@ def main():
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     failures = count = 0
-    for cases in (attention_cases(device), decode_cases(device)):
+    for cases in (attention_cases(device), decode_cases(device), unified_cases(device)):
         for name, op, q, k, v, options in cases:
             count += 1
             try:

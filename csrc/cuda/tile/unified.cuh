@@ -27,17 +27,21 @@ __device__ __forceinline__ float phi_log2(const Params& p, int head) {
   return p.phi_heads == nullptr ? p.phi_log2 : phi_log2_of(arch::ldg(p.phi_heads + head));
 }
 
-// The largest score, in units of 1 / scale log2, of each row that a lane holds, for the guard
-// alone: in words of the lane's own in shared memory, for registers are dear while keys stream.
-template <int kM>
+// The largest score, in units of 1 / scale log2, of each row that a thread holds, for the guard
+// alone: in words of its own in shared memory, for registers are dear while keys stream.
+template <int kM, int kThreads>
 struct LargestScores {
-  static constexpr int bytes = kM * 8;  // of a lane
+  static constexpr int bytes = kM * kThreads * 8;
 
-  uint32_t address;
+  uint32_t base;  // of all threads; neighbours lie side by side
+
+  __device__ __forceinline__ uint32_t at(int m) const {
+    return base + static_cast<uint32_t>((m * kThreads + arch::thread_idx()) * 8);
+  }
 
   __device__ __forceinline__ void reset() const {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) arch::sts(address + m * 8, Float2{kMinusInf, kMinusInf});
+    for (int m = 0; m < kM; ++m) arch::sts(at(m), Float2{kMinusInf, kMinusInf});
   }
 
   // NaN is passed over; the row's sum has met it.
@@ -45,18 +49,20 @@ struct LargestScores {
   __device__ __forceinline__ void raise(const float (&s)[kM][kKeyTiles][4]) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      Float2 largest = arch::lds<Float2>(address + m * 8);
+      Float2 largest = arch::lds<Float2>(at(m));
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
         largest.x = fmaxf(largest.x, fmaxf(s[m][n][0], s[m][n][1]));
         largest.y = fmaxf(largest.y, fmaxf(s[m][n][2], s[m][n][3]));
       }
-      arch::sts(address + m * 8, largest);
+      arch::sts(at(m), largest);
     }
   }
 
-  __device__ __forceinline__ float of(int m, int half) const {
-    return arch::lds<float>(address + m * 8 + half * 4);
+  // Of the row that the quad holds; scale brings it to units of log2.
+  __device__ __forceinline__ float row_max(int m, int half, float scale) const {
+    const auto largest = arch::lds<Float2>(at(m));
+    return quad_max(half == 0 ? largest.x : largest.y) * scale;
   }
 };
 

@@ -51,9 +51,9 @@ struct Traits {
   using VTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
   using Scores = tile::Accumulator<m_tiles, Cfg::block_n>;
   using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
-  using Largest = tile::LargestScores<m_tiles>;
+  using Largest = tile::LargestScores<m_tiles, num_threads>;
   static constexpr int tile_bytes = QTile::bytes + KTile::bytes + VTile::bytes;
-  static constexpr int smem_bytes = tile_bytes + num_threads * Largest::bytes + Cfg::num_warps * 4;
+  static constexpr int smem_bytes = tile_bytes + Largest::bytes + Cfg::num_warps * 4;
   // Eight warps on a multiprocessor have 255 registers a thread.
   static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
@@ -83,8 +83,7 @@ struct Block {
   __device__ __forceinline__ typename T::VTile v() const { return {k().base + T::KTile::bytes}; }
 
   __device__ __forceinline__ typename T::Largest largest() const {
-    return {q().base +
-            static_cast<uint32_t>(T::tile_bytes + arch::thread_idx() * T::Largest::bytes)};
+    return {q().base + static_cast<uint32_t>(T::tile_bytes)};
   }
   __device__ __forceinline__ uint32_t rows_left() const {
     return q().base + static_cast<uint32_t>(T::smem_bytes - (Cfg::num_warps - warp) * 4);
@@ -281,7 +280,7 @@ __device__ __forceinline__ uint32_t settle(const Block<Cfg>& b,
       const int r = m * 16 + half * 8 + b.lane / 4;
       tile::UnifiedRow row;
       row.phi = state.row_max[m][half];
-      row.row_max = tile::quad_max(b.largest().of(m, half)) * b.scale;
+      row.row_max = b.largest().row_max(m, half, b.scale);
       row.row_sum = tile::quad_sum(state.row_sum[m][half]);
       row.largest = 0;
 #pragma unroll
@@ -381,8 +380,9 @@ struct Kernel {
 
   static Status launch(const Params& p, Stream stream) {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
+    const int bytes = p.unified ? smem_bytes : Traits<Cfg>::tile_bytes;
     const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
-                              p.unified ? smem_bytes : Traits<Cfg>::tile_bytes};
+                              static_cast<uint32_t>(bytes)};
     return arch::launch<attention_fwd_sm80<Cfg>>(config, stream, p);
   }
 };

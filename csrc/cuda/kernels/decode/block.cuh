@@ -36,9 +36,8 @@ struct Traits {
   static constexpr int merge_bytes = Cfg::num_warps * (OutputTile::bytes + Cfg::block_m * 8);
   static constexpr int online_bytes = QTile::bytes + std::max(ring_bytes, merge_bytes);
   // Unified besides: each lane's largest scores, a word for each row, the ticket.
-  using Largest = tile::LargestScores<1>;
-  static constexpr int largest_bytes = num_threads * Largest::bytes;
-  static constexpr int smem_bytes = online_bytes + largest_bytes + (Cfg::block_m + 1) * 4;
+  using Largest = tile::LargestScores<1, num_threads>;
+  static constexpr int smem_bytes = online_bytes + Largest::bytes + (Cfg::block_m + 1) * 4;
   // As many as 227 KB hold: three of four warps have 168 registers a thread, up to eight warps 255.
   static constexpr int blocks_per_sm = Cfg::num_warps == 4 ? 3 : std::max(8 / Cfg::num_warps, 1);
 };
@@ -80,8 +79,7 @@ struct Block {
     return {k(stage).base + T::KTile::bytes};
   }
   __device__ __forceinline__ typename T::Largest largest() const {
-    return {q().base +
-            static_cast<uint32_t>(T::online_bytes + arch::thread_idx() * T::Largest::bytes)};
+    return {q().base + static_cast<uint32_t>(T::online_bytes)};
   }
   // The same block, of which the compiler knows nothing: what follows from it is not kept in
   // registers through the loop over the keys.
@@ -96,7 +94,7 @@ struct Block {
 
   // Whether the row is left to the online softmax.
   __device__ __forceinline__ uint32_t row_left(int row) const {
-    return q().base + static_cast<uint32_t>(T::online_bytes + T::largest_bytes + row * 4);
+    return q().base + static_cast<uint32_t>(T::online_bytes + T::Largest::bytes + row * 4);
   }
   __device__ __forceinline__ uint32_t ticket() const { return row_left(Cfg::block_m); }
 

@@ -133,7 +133,7 @@ __device__ __forceinline__ void store_state(const Block<Cfg>& b, Pass pass,
     }
     const float row_sum = tile::quad_sum(state.row_sum[0][half]);
     float row_max = state.row_max[0][half];
-    if (pass == Pass::kUnified) row_max = tile::quad_max(b.largest().of(0, half)) * b.scale;
+    if (pass == Pass::kUnified) row_max = b.largest().row_max(0, half, b.scale);
     if (b.lane % 4 == 0) arch::sts(storage.state(b.warp, row), tile::Float2{row_max, row_sum});
   }
 }
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_
     } else {
       store_out_lse(end, keys.count == 0);
       if (!p.unified) return;
-      arch::sync_threads();  // no warp reads the states any more
+      arch::sync_threads();  // no warp reads the states any more, and the partials are written
       if (++b.split == static_cast<int>(p.kv_splits)) break;
     }
     pass = Pass::kOnline;
@@ -253,8 +253,9 @@ struct Kernel {
 
   static Status launch(const Params& p, Stream stream) {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size * p.kv_splits;
+    const int bytes = p.unified ? smem_bytes : Traits<Cfg>::online_bytes;
     const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
-                              p.unified ? smem_bytes : Traits<Cfg>::online_bytes};
+                              static_cast<uint32_t>(bytes)};
     return arch::launch<decode_sm80<Cfg>>(config, stream, p);
   }
 };

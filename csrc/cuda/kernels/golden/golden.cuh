@@ -52,6 +52,7 @@ inline constexpr Entry kEntries[] = {
     {"AtomicAdd<int32>", launch_case<AtomicAdd<int32_t>>},
     {"AtomicAdd<uint32>", launch_case<AtomicAdd<uint32_t>>},
     {"AtomicAdd<float>", launch_case<AtomicAdd<float>>},
+    {"AtomicAdd64", launch_case<AtomicAdd64>},
     {"Ticket", launch_case<Ticket>},
     {"LastBlock", launch_case<LastBlock>},
     {"CpAsync", launch_case<CpAsync>},

@@ -109,6 +109,14 @@ struct AtomicAdd : OneWarp {
   }
 };
 
+// in: a word of each lane, which all add at once, times 2^28: the sum is two words.
+struct AtomicAdd64 : OneWarp {
+  static __device__ void run(const Params& p) {
+    const uint64_t value = uint64_t{read(p, arch::thread_idx())} << 28;
+    arch::atomic_add(reinterpret_cast<uint64_t*>(p.out), value);
+  }
+};
+
 // in: `last` of two counters, which out starts with. From word 32 the tickets the lanes drew from
 // the first, one lane after the other; then those from the second.
 struct Ticket : OneWarp {
