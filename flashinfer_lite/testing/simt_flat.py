@@ -55,7 +55,7 @@ class FlatLinear:
         return self.out.clone()
 
     def check(self):
-        """What the executor cannot see: nothing beside out is written, the tickets are back at 0."""
+        """What the executor cannot see: nothing beside out is written, tickets are back at 0."""
         if not self.out_memory[self.outside].isnan().all():
             raise AssertionError("out: memory between its rows was written")
         if self.tickets is not None and self.tickets.any():
