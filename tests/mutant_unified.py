@@ -110,7 +110,7 @@ def cases_of(kernel, seqlen_q, kv_splits):
         make(label + "tiny", heads, (90, 1), phi=[-5.0, 25.0, -5.0, -5.0], recomputed=by_head)
         .edit(_scaled(1e-30)),
         make(label + "huge", heads, (90, 1), phi=[0.5, -26.0, 0.5, 0.5], recomputed=by_head)
-        .edit(_scaled(1e37)),
+        .edit(_scaled(1e33)),
         make(label + "NaN", heads, (90, 2), phi=0.5, recomputed=nan_row).edit(_nan_scores),
         make(label + "zero", heads, (90, 1), phi=-5.0).edit(_scaled(0.0)),
     ]  # fmt: skip
