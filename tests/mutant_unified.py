@@ -102,7 +102,7 @@ def cases_of(kernel, seqlen_q, kv_splits):
         make(label + "all far", heads, (201, 2), causal=True, phi=200.0, recomputed=True),
         make(
             label + "lengths", heads, (130, 2), batch_size=3, causal=True, **lengths,
-            phi=[0.5, math.inf, 0.5, 0.0], recomputed=by_head,
+            phi=[0.5, math.nan, 0.5, 0.0], recomputed=by_head,
         ),
         make(label + "bounds", heads, (90, 4), softmax_scale=1.0, phi=at_bounds, recomputed=beyond)
         .edit(_bounds),
@@ -112,6 +112,10 @@ def cases_of(kernel, seqlen_q, kv_splits):
         make(label + "huge", heads, (90, 1), phi=[0.5, -26.0, 0.5, 0.5], recomputed=by_head)
         .edit(_scaled(1e33)),
         make(label + "NaN", heads, (90, 2), phi=0.5, recomputed=nan_row).edit(_nan_scores),
+        make(
+            label + "group of 3", (seqlen_q, 6), (90, 2), phi=[0.5, 90.0, 0.5, 0.5, 0.5, 0.5],
+            recomputed=torch.arange(6) == 1,
+        ),
         make(label + "zero", heads, (90, 1), phi=-5.0).edit(_scaled(0.0)),
     ]  # fmt: skip
 
