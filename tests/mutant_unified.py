@@ -92,7 +92,7 @@ def cases_of(kernel, seqlen_q, kv_splits):
     beyond = torch.where(late, torch.tensor([False, False, True, True]), beyond)
     nan_row = torch.zeros(1, seqlen_q, 4, dtype=torch.bool)
     nan_row[0, 1, 0] = True
-    lengths = {"seqlens_kv": _lengths(130, 9, 0), "kv_start": _lengths(3, 0, 0)}
+    lengths = {"seqlens_kv": _lengths(130, 5, 0), "kv_start": _lengths(3, 0, 0)}
     heads = (seqlen_q, 4)
     return [
         make(
