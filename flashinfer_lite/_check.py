@@ -90,11 +90,11 @@ def scores(q, causal, window, softmax_scale, softcap):
             raise ValueError(f"window: expected each side >= 0 or -1 for open, got {window!r}")
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(number("softmax_scale", softmax_scale)):
+    elif not finite(number("softmax_scale", softmax_scale)):
         raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale!r}")
     if softcap is None:
         softcap = 0.0
-    elif not (number("softcap", softcap) > 0 and math.isfinite(softcap)):
+    elif not (number("softcap", softcap) > 0 and finite(softcap)):
         raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap!r}")
     return float(softmax_scale), float(softcap), CAUSAL[causal], window[0], window[1]
 
@@ -107,7 +107,7 @@ def unified(softmax, phi, q):
     if softmax == "online":
         raise ValueError("phi: expected None with softmax='online', got one")
     if not torch.is_tensor(phi):
-        if not math.isfinite(number("phi", phi)):
+        if not finite(number("phi", phi)):
             raise ValueError(f"phi: expected a finite number, got {phi!r}")
         return float(phi), None
     if phi.dtype != torch.float32:
@@ -119,6 +119,11 @@ def unified(softmax, phi, q):
     if phi.device != q.device:
         raise ValueError(f"phi: expected q's device {q.device}, got {phi.device}")
     return None, phi.detach().contiguous()
+
+
+def finite(x):
+    """math.isfinite, also of the symbolic numbers of torch.compile."""
+    return -math.inf < x < math.inf
 
 
 def number(name, x):
