@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "common/heuristics.h"
 #include "common/params/flat_linear_cuda.h"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/ragged.cuh"
@@ -36,11 +37,14 @@ struct Traits {
   static_assert(Cfg::block_m % 8 == 0, "x is padded to the 8 columns of a product");
   static_assert(n_tiles * 16 * Cfg::num_warps == Cfg::block_n, "every warp has whole products");
   static_assert(Cfg::block_k % 64 == 0, "a row of a tile is a multiple of 128 bytes");
+  static_assert(kFlatGemmStep % Cfg::block_k == 0, "a split ends where a step does");
   static_assert(Cfg::num_stages >= 2, "one stage is read while another is filled");
 
   using WeightTile = tile::SmemTile<Element, Cfg::block_n, Cfg::block_k>;
   using XTile = tile::SmemTile<Element, Cfg::block_m, Cfg::block_k>;
   using Output = float[n_tiles][m_tiles][4];
+  // The loads of a few splits are under way together where one split has only few.
+  static constexpr int splits_together = std::max(4 / (n_tiles * m_tiles), 1);
 
   static constexpr int stage_bytes = WeightTile::bytes + XTile::bytes;
   static constexpr int ring_bytes = stage_bytes * Cfg::num_stages;
@@ -49,8 +53,8 @@ struct Traits {
   static constexpr int staged_row = Cfg::block_n + 4;
   static constexpr int staged_bytes = Cfg::block_m * staged_row * 4;
   static constexpr int smem_bytes = std::max(ring_bytes, staged_bytes);
-  // What 227 KB hold.
-  static constexpr int blocks_per_sm = std::min(230 * 1024 / (smem_bytes + 1024), 4);
+  // What the 228 KB of a multiprocessor hold, with the driver's 1 KB for each block.
+  static constexpr int blocks_per_sm = std::min(228 * 1024 / (smem_bytes + 1024), 4);
 };
 
 // What a thread block works on, the same for all of its threads.
@@ -214,9 +218,7 @@ __device__ __forceinline__ bool merge_splits(const Block<Cfg>& b,
   }
   if (!arrives_last(b)) return false;
   tile::clear(acc);
-  // The loads of a few splits are under way together where one split has only few.
-  constexpr int kTogether = std::max(4 / (T::n_tiles * T::m_tiles), 1);
-#pragma unroll kTogether
+#pragma unroll T::splits_together
   for (int split = 0; split < static_cast<int>(b.p.splits); ++split) {
     const tile::Float4* part = partial_of(b, split);
 #pragma unroll
