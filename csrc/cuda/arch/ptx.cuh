@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <type_traits>
@@ -247,8 +248,9 @@ inline constexpr uint32_t kDefaultSmemBytes = 48 * 1024;
 template <auto kernel, class Params>
 Status launch(const LaunchConfig& config, Stream stream, const Params& params) {
   if (config.smem_bytes > kDefaultSmemBytes) {
-    const cudaError_t refused = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.smem_bytes));
+    const auto limit = static_cast<int>(std::max(config.smem_bytes, config.smem_limit));
+    const cudaError_t refused =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (refused != cudaSuccess) {
       cudaGetLastError();
       return static_cast<Status>(refused);

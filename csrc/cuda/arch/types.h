@@ -23,6 +23,9 @@ struct LaunchConfig {
   uint32_t blocks;
   uint32_t threads;
   uint32_t smem_bytes;  // dynamic shared memory per block
+  // The most that any launch of the kernel takes, where they differ. The driver keeps one limit for
+  // the kernel: lowered by one launch, it would refuse a larger one that another thread is making.
+  uint32_t smem_limit = 0;
 };
 
 // A CUtensorMap, encoded by the driver or by the executor; opaque to kernels.

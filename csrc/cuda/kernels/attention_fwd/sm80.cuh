@@ -44,6 +44,7 @@ struct Traits {
   static constexpr int num_threads = Cfg::num_warps * 32;
   static constexpr int m_tiles = Cfg::block_m / 16 / Cfg::num_warps;  // of 16 rows, per warp
   static_assert(m_tiles * 16 * Cfg::num_warps == Cfg::block_m, "warps own whole tiles of rows");
+  static_assert(m_tiles <= 2, "row_bit has 32 rows a warp");
   static_assert(Cfg::block_n % 16 == 0, "a k step of P V is 16 keys");
 
   using QTile = tile::SmemTile<Element, Cfg::block_m, Cfg::head_dim>;
@@ -382,7 +383,7 @@ struct Kernel {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
     const int bytes = p.unified ? smem_bytes : Traits<Cfg>::tile_bytes;
     const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
-                              static_cast<uint32_t>(bytes)};
+                              static_cast<uint32_t>(bytes), smem_bytes};
     return arch::launch<attention_fwd_sm80<Cfg>>(config, stream, p);
   }
 };

@@ -255,7 +255,7 @@ struct Kernel {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size * p.kv_splits;
     const int bytes = p.unified ? smem_bytes : Traits<Cfg>::online_bytes;
     const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
-                              static_cast<uint32_t>(bytes)};
+                              static_cast<uint32_t>(bytes), smem_bytes};
     return arch::launch<decode_sm80<Cfg>>(config, stream, p);
   }
 };
