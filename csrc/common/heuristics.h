@@ -110,7 +110,7 @@ inline int64_t cuda_kv_splits(int64_t work, int64_t slots, int64_t longest) {
 }
 
 constexpr int64_t kFlatGemmStep = 64;         // of K: what splits are multiples of, for every row
-constexpr int64_t kFlatGemmBlocks = 256;      // two for each of the 132 multiprocessors of an H200
+constexpr int64_t kFlatGemmBlocks = 256;      // about two for each multiprocessor of an H200, 132
 constexpr int64_t kMinStepsPerFlatSplit = 8;  // below, merging costs more than splitting spreads
 constexpr int64_t kMaxFlatSplits = 16;
 // Rows of x that one launch splits K for: its partials take 4 splits M N bytes.

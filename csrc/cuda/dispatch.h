@@ -18,8 +18,9 @@ struct Device {
   int64_t l2_bytes = 0;
 };
 
-// The first row of the table that fits: the smallest head_dim that holds both head sizes, then the
-// table's order. Throws std::runtime_error naming the sizes if none does.
+// Of the rows with the smallest head_dim that holds both head sizes, the one that keeps the most
+// warps on a multiprocessor, then the table's order. Throws std::runtime_error naming the sizes if
+// none does.
 const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
                                  int64_t head_dim_v, const Device& device);
 

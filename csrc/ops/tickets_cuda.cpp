@@ -11,7 +11,7 @@
 namespace flashinfer_lite {
 namespace {
 
-constexpr int64_t kFewest = 256;  // of a buffer that lives on: a grid that splits has fewer tiles
+constexpr int64_t kFewest = 256;  // of a buffer that lives on; decode's own splits take fewer
 
 struct Buffer {
   uint32_t* data = nullptr;

@@ -29,9 +29,9 @@ struct SmemTile {
            static_cast<uint32_t>(col % chunk_elements * static_cast<int>(sizeof(Element)));
   }
 
-  // From the address of chunk (row, c), with c 0 or 1, to that of (row + rows_on, c + chunks_on):
-  // rows_on a multiple of 8 and chunks_on even, both constants. One instruction each, where chunk()
-  // would have the compiler keep an address per place in registers.
+  // From the address of chunk (row, c) to that of (row + rows_on, c + chunks_on), both constants:
+  // rows_on a multiple of 8, chunks_on one of a power of two above c. One instruction each, where
+  // chunk() would have the compiler keep an address per place in registers.
   static __device__ __forceinline__ uint32_t advance(uint32_t address, int rows_on, int chunks_on) {
     return (address ^ static_cast<uint32_t>(chunks_on % 8 * 16)) +
            static_cast<uint32_t>((rows_on * chunks + chunks_on / 8 * 8) * 16);

@@ -9,8 +9,6 @@
 // read. Bound by memory: every partial is read once.
 #pragma once
 
-#include <cmath>
-
 #include "common/params/attention.h"
 #include "common/types.h"
 #include "cuda/tile/merge.cuh"
