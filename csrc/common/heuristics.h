@@ -109,15 +109,17 @@ inline int64_t cuda_kv_splits(int64_t work, int64_t slots, int64_t longest) {
   return splits;
 }
 
-constexpr int64_t kFlatGemmStep = 64;         // of K: what splits are multiples of, for every row
-constexpr int64_t kFlatGemmBlocks = 256;      // about two for each multiprocessor of an H200, 132
-constexpr int64_t kMinStepsPerFlatSplit = 8;  // below, merging costs more than splitting spreads
+constexpr int64_t kFlatGemmStep = 64;     // of K: what splits are multiples of, for every row
+constexpr int64_t kFlatGemmBlocks = 256;  // about two for each multiprocessor of an H200, 132
+// The partials of such a split are M / 128 of its weight's bytes; not measured yet.
+constexpr int64_t kMinStepsPerFlatSplit = 8;
 constexpr int64_t kMaxFlatSplits = 16;
 // Rows of x that one launch splits K for: its partials take 4 splits M N bytes.
 constexpr int64_t kFlatGemmRowsPerLaunch = 1024;
 
 // Splits of K for a weight [n, k]: the fewest that give kFlatGemmBlocks thread blocks, of 64 rows
-// of the weight each. Neither M nor the device has a say, so that a row's bits depend on neither.
+// of the weight each. Neither M nor the device's size has a say, so that a row's bits depend on
+// neither.
 inline int64_t flat_gemm_splits(int64_t n, int64_t k) {
   const int64_t tiles = std::max<int64_t>(ceil_div(n, 64), 1);
   const int64_t most = ceil_div(k, kFlatGemmStep) / kMinStepsPerFlatSplit;
