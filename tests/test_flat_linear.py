@@ -243,3 +243,23 @@ def test_inputs_that_require_grad_are_refused_by_name(device):
             with torch.no_grad():
                 expected = flat_linear(**inputs, impl=impl)
                 assert_same_bits(flat_linear(**leaf, impl=impl), expected)
+
+
+@pytest.mark.parametrize("kernel", ["gemv", "flat_gemm"])
+def test_out_shares_no_memory_with_an_input(device, kernel):
+    memory = torch.randn(5, 48, device=device, dtype=torch.bfloat16)
+    weight, bias = memory.new_ones(16, 16), memory.new_ones(16)
+
+    def run(x, weight, bias, out):
+        return flat_linear(x, weight, bias, impl=kernel, out=out)
+
+    x = memory[:, :16]
+    for out in (x, memory[:, 8:24], memory[:, 15:31]):
+        with pytest.raises(RuntimeError, match="out: expected memory of its own, got some of x's"):
+            run(x, weight, bias, out)
+    with pytest.raises(RuntimeError, match="got some of weight's"):
+        run(x, weight, bias, weight[3:8])
+    with pytest.raises(RuntimeError, match="got some of bias's"):
+        run(x[:1], weight, bias, bias[None])
+    beside = memory[:, 16:32]  # of the same rows, as a fused projection's are
+    assert torch.equal(run(x, weight, bias, beside), run(x, weight, bias, torch.empty_like(x)))

@@ -96,6 +96,21 @@ inline Tensor new_flat_linear_out(FlatLinearParams& p, const Tensor& x) {
   return out;
 }
 
+// Whether out [m, n] and `rows` rows of `columns` elements at `data` may share memory: they do not
+// where both lie in the same wider rows, side by side.
+inline bool meets_out(const FlatLinearParams& p, int64_t element_size, const void* data,
+                      int64_t rows, int64_t row, int64_t columns) {
+  if (p.m == 0 || p.n == 0 || rows == 0 || columns == 0) return false;
+  const auto first = reinterpret_cast<intptr_t>(data), out = reinterpret_cast<intptr_t>(p.out);
+  const int64_t last = first + ((rows - 1) * row + columns) * element_size;
+  const int64_t out_last = out + ((p.m - 1) * p.out_row + p.n) * element_size;
+  if (last <= out || out_last <= first) return false;
+  if (row != p.out_row || row <= 0) return true;
+  const int64_t width = row * element_size;
+  const int64_t ahead = ((first - out) % width + width) % width;  // from out's columns to these
+  return ahead < p.n * element_size || ahead + columns * element_size > width;
+}
+
 // The caller's own out, of flat_linear.out.
 inline void set_flat_linear_out(FlatLinearParams& p, const Tensor& x, const Tensor& out) {
   check_device("out", out, "x's", x);
@@ -113,6 +128,12 @@ inline void set_flat_linear_out(FlatLinearParams& p, const Tensor& x, const Tens
         rows.stride);
   p.out = out.data_ptr();
   p.out_row = rows.stride;
+  const int64_t size = out.element_size();
+  const char* shared = meets_out(p, size, p.x, p.m, p.x_row, p.k)             ? "x"
+                       : meets_out(p, size, p.weight, p.n, p.weight_row, p.k) ? "weight"
+                       : p.bias && meets_out(p, size, p.bias, 1, 0, p.n)      ? "bias"
+                                                                              : nullptr;
+  if (shared) fail("out: expected memory of its own, got some of ", shared, "'s");
 }
 
 }  // namespace flashinfer_lite
