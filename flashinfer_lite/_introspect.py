@@ -61,7 +61,11 @@ class Stats:
 
 
 def stats(reset: bool = False) -> Stats:
-    """Counters of the native ops; `reset` sets them to 0 after reading."""
+    """Counters of the native ops; `reset` sets them to 0 after reading.
+
+    Counting never waits. Reading the rows that CUDA devices have counted waits for those devices,
+    so not while a CUDA graph is captured; a reset loses what is counted while it takes place.
+    """
     if not _ops.built:
         raise RuntimeError(_ops.NOT_BUILT)
     return Stats(*_ops.stats(reset))
