@@ -25,15 +25,17 @@ POISON = [None, None, None, math.nan, math.inf, -math.inf]
 def worst_values(v, kind, factor):
     """V at the ends of its dtype's range, in the memory layout that it has."""
     limits = torch.finfo(v.dtype)
+    # The float64 oracle is to bear the weighted sums.
+    largest = factor * (limits.max if v.dtype != torch.float64 else limits.max * 2.0**-64)
     if kind == "huge":
-        return torch.full_like(v, limits.max * factor)
+        return torch.full_like(v, largest)
     if kind == "tiny":
         return (v.double() * limits.tiny / factor).to(v.dtype)
     if kind == "zero":
         return v * 0
     if kind == "one_huge":
         v = v.clone()
-        v[:, -1, 0, 0] = limits.max * factor
+        v[:, -1, 0, 0] = largest
         return v
     if kind == "mixed":
         return torch.where(torch.rand_like(v, dtype=torch.float32) < 0.5, v * limits.tiny, v)
