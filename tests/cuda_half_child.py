@@ -151,12 +151,28 @@ REFUSALS = {
         "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or "
         "train on the CPU",
     ),
+    "phi": (
+        "decode",
+        {"phi_heads": torch.zeros(3)},
+        "phi_heads: expected shape [4], got [3]",
+    ),
+    "flat_linear": (
+        "flat_linear",
+        {"x": torch.zeros(5, 16), "kernel": "gemv"},
+        "x: expected dtype bfloat16 or float16 on CUDA, got float32",
+    ),
     # Good calls, on a machine without a device.
     "attention_fwd": ("attention_fwd", {}, "cuda:0: no device properties: "),
     "decode": ("decode", {"seqlens_kv": torch.tensor([9, -9])}, "cuda:0: no device properties: "),
     "decode.out": ("decode.out", {"kv_splits": 3}, "cuda:0: no device properties: "),
     "merge_states": ("merge_states", {}, "cuda:0: no device properties: "),
     "plan": ("plan", {}, "cuda:0: no device properties: "),
+    "unified": ("decode", {"phi": 2.0}, "cuda:0: no device properties: "),
+    "gemv": (
+        "flat_linear.out",
+        {"kernel": "gemv", "out": torch.zeros(5, 24, dtype=torch.bfloat16)},
+        "cuda:0: no device properties: ",
+    ),
 }
 
 
@@ -180,6 +196,11 @@ def arguments_of(schema, changes):
         "lses": torch.zeros(3, 2, 4, 3),
         "kernel": "decode",
         "longest": 7,
+        "phi": None,
+        "phi_heads": None,
+        "x": torch.zeros(5, 16, dtype=torch.bfloat16),
+        "weight": torch.zeros(24, 16, dtype=torch.bfloat16),
+        "bias": None,
         **changes,
     }
     return {argument.name: call[argument.name] for argument in schema.arguments}
