@@ -107,7 +107,7 @@ def unified(softmax, phi, q):
     if softmax == "online":
         raise ValueError("phi: expected None with softmax='online', got one")
     if not torch.is_tensor(phi):
-        if not finite(number("phi", phi)):
+        if not finite(number("phi", phi, "a number or a float32 tensor [num_heads_q]")):
             raise ValueError(f"phi: expected a finite number, got {phi!r}")
         return float(phi), None
     if phi.dtype != torch.float32:
@@ -126,9 +126,9 @@ def finite(x):
     return -math.inf < x < math.inf
 
 
-def number(name, x):
+def number(name, x, wanted="a number"):
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected {wanted}, got {type(x).__name__}")
     return x
 
 

@@ -180,7 +180,7 @@ def _check_inputs(x, weight, bias):
         raise ValueError("x: expected 1 dimension or more, [..., K], got shape []")
     if x.shape[-1:] != depth:
         raise ValueError(
-            f"weight: expected shape ['N', {x.shape[-1]}] to fit x, got {list(weight.shape)}"
+            f"weight: expected shape [N, {x.shape[-1]}] to fit x, got {list(weight.shape)}"
         )
     _check_like_x("weight", weight, dtype, device)
     _check_last_stride("x", x)

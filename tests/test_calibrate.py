@@ -332,6 +332,8 @@ def test_the_command_from_text_to_file_and_picture(device, tmp_path):
     wrong = {
         "--text": ["--text", tmp_path / "absent", "--output", output],
         "--output": ["--text", text, "--output", tmp_path / "no" / "folder.json"],
+        "--output: expected a file": ["--text", text, "--output", tmp_path],
+        "--device": [*options, "--device", "nonsense"],
         "--recompute-rate": [*options, "--recompute-rate", 2],
         "--max-tokens": [*options, "--max-tokens", 0],
         "--held-out": [*options, "--held-out", plot],
@@ -339,7 +341,8 @@ def test_the_command_from_text_to_file_and_picture(device, tmp_path):
     (tmp_path / "empty").write_text("")
     for option, arguments in wrong.items():
         failed = command(tmp_path / "model", *arguments)
-        assert failed.returncode == 2 and f"{option}: expected" in failed.stderr.splitlines()[-1]
+        wanted = option if ": " in option else f"{option}: expected"
+        assert failed.returncode == 2 and wanted in failed.stderr.splitlines()[-1], option
     failed = command(tmp_path / "model", "--text", tmp_path / "empty", "--output", output)
     assert failed.returncode == 2 and "--text: expected text" in failed.stderr.splitlines()[-1]
     failed = command(tmp_path, *options)

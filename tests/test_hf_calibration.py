@@ -199,6 +199,8 @@ def test_measured(device, tmp_path, dtype):
     calibration = calibrate(model, [row.tolist() for row in ids], progress=False)
     assert all(calibration.phi(layer) is not None for layer in range(2))
     path = tmp_path / "calibration.json"
+    with pytest.raises(FileNotFoundError, match="^calibration: expected .*calibration.json: No"):
+        hf.patch(model, calibration=path)
     calibration.save(path)
     with torch.no_grad(), hf.patch(model, calibration=path):
         hf.patch(model, calibration=calibration)  # equal, hence the same patch

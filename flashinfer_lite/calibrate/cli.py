@@ -35,6 +35,8 @@ def _run(args) -> int:
     texts = {name: _read(args, name) for name in ("text", "held_out")}
     for name in ("output", "plot"):
         path = getattr(args, name)
+        if path and Path(path).is_dir():
+            args.error(f"--{name}: expected a file, got the folder {path}")
         if path and not Path(path).resolve().parent.is_dir():
             args.error(f"--{name}: expected a file in a folder that exists, got {path}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -70,20 +72,31 @@ def _read(args, name: str) -> list[str] | None:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            args.error(f"--{name.replace('_', '-')}: expected a UTF-8 text file, got {error}")
+            why = getattr(error, "strerror", None) or error
+            args.error(f"--{name.replace('_', '-')}: expected a UTF-8 text file, got {path}: {why}")
     return texts or None
+
+
+def _device(args) -> torch.device:
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        why = str(error).splitlines()[0]
+        args.error(f"--device: expected a device that torch sees, got {args.device}: {why}")
+    return device
 
 
 def _load(args):
     """(model, tokenizer) of the folder; nothing is ever downloaded."""
     if not Path(args.model_dir, "config.json").is_file():
         args.error(f"MODEL_DIR: expected a folder with a config.json, got {args.model_dir}")
+    device = _device(args)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         args.error('calibrate needs transformers: pip install "flashinfer-lite[hf]"')
     try:
-        device = torch.device(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.model_dir, local_files_only=True)
         dtype = "auto" if args.dtype == "auto" else BY_NAME[args.dtype]
         model = AutoModelForCausalLM.from_pretrained(

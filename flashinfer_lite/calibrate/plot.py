@@ -11,8 +11,12 @@ from flashinfer_lite.calibrate.histogram import Histogram
 def draw(calibration, path) -> None:
     """Two maps with a line per layer: scores with phi, and row maxima relative to phi with the
     guard. Darker is more, on a logarithmic scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        text = "plot: expected matplotlib to be installed, got none: pip install matplotlib"
+        raise ModuleNotFoundError(text) from error
 
     layers = calibration.layers
     figure = Figure(figsize=(13, 2.4 + 0.24 * len(layers)), layout="constrained", dpi=120)

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from flashinfer_lite import _check
 from flashinfer_lite._introspect import stats
 from flashinfer_lite.calibrate.choose import choose_layer
 from flashinfer_lite.calibrate.collect import collecting, evaluating
@@ -105,6 +106,7 @@ def _check_arguments(model, recompute_rate, max_tokens, seqlen) -> int:
         raise TypeError(
             f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}"
         )
+    _check.number("recompute_rate", recompute_rate)
     if not 0 <= recompute_rate < 1:
         raise ValueError(f"recompute_rate: expected 0 <= rate < 1, got {recompute_rate!r}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

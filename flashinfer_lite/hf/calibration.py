@@ -31,7 +31,12 @@ def load(calibration):
     if isinstance(calibration, (str, os.PathLike)):
         from flashinfer_lite.calibrate import Calibration  # it imports this package
 
-        return Calibration.load(calibration)
+        try:
+            return Calibration.load(calibration)
+        except OSError as error:
+            why = error.strerror or error
+            text = f"calibration: expected the path of a saved one, got {calibration}: {why}"
+            raise type(error)(text) from error
     if not callable(getattr(calibration, "phi", None)):
         raise TypeError(
             "calibration: expected a flashinfer_lite.calibrate.Calibration or the path of one, got "
