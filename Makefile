@@ -84,7 +84,7 @@ asan: venv  ## the hostile calls under AddressSanitizer and UBSan
 	FLASHINFER_LITE_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q --capture=sys tests/test_hostile.py $(ARGS)
+	PYTHONPATH=$(ASAN) OMP_NUM_THREADS=2 $(BIN)/pytest -q --capture=sys tests/test_hostile*.py $(ARGS)
 
 sanitize: build  ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
 	$(BIN)/python scripts/test_gpu.py --stage sanitizer $(ARGS)
