@@ -1,5 +1,6 @@
 """What would run, what ran, and whether this installation is sound."""
 
+import functools
 import inspect
 import os
 import platform
@@ -220,32 +221,49 @@ def doctor() -> bool:
 
 
 def _self_test(device):
-    """Compare both ops with the reference on the same inputs, which the CPU makes."""
+    """Compare the ops with the reference on the same inputs, which the CPU makes."""
     sound, started = True, time.monotonic()
     for dtype in _check.ELEMENT_DTYPES if device == "cpu" else _check.CUDA_DTYPES:
-        generator = torch.Generator().manual_seed(0)
-        q = torch.randn(2, 20, 6, 64, generator=generator).to(dtype)
-        k, v = torch.randn(2, 2, 200, 2, 64, generator=generator).to(dtype).unbind()
-        exact = reference.attention(q.double(), k.double(), v.double(), causal=True)
-        eager = reference.attention(q, k, v, causal=True)
-        # Twice the error of eager torch in the same dtype; fp64 has only its own rounding.
-        rounding = torch.finfo(dtype).eps * exact.abs().max()
-        error = (eager.double() - exact).abs().max()
-        allowed = 16 * rounding if dtype == torch.float64 else 2 * (error + rounding)
-        for op in (attention, decode):
+        for name, op, inputs, exact, eager in _self_tests(device, dtype):
+            # Twice the error of eager torch in the same dtype; fp64 has only its own rounding.
+            rounding = torch.finfo(dtype).eps * exact.abs().max()
+            error = (eager.double() - exact).abs().max()
+            allowed = 16 * rounding if dtype == torch.float64 else 2 * (error + rounding)
             try:
-                out = op(q.to(device), k.to(device), v.to(device), causal=True).cpu()
+                out = op(*(t.to(device) for t in inputs)).cpu()
             except RuntimeError as failure:
-                print(f"self-test       {op.__name__:9} {str(failure).splitlines()[0]}: FAILED")
+                print(f"self-test       {name:9} {str(failure).splitlines()[0]}: FAILED")
                 return False
             error = (out.double() - exact).abs().max()
             ok = bool(error <= allowed)
             sound &= ok
             print(
-                f"self-test       {op.__name__:9} {str(dtype)[6:]:8} error {error:.1e} of "
+                f"self-test       {name:9} {str(dtype)[6:]:8} error {error:.1e} of "
                 f"{allowed:.1e} allowed: {'ok' if ok else 'WRONG'}"
             )
     print(
         f"self-test       {'passed' if sound else 'FAILED'} in {time.monotonic() - started:.1f} s"
     )
     return sound
+
+
+def _self_tests(device, dtype):
+    """(name, function, inputs, exact result, eager result) of each kernel that takes the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 20, 6, 64, generator=generator).to(dtype)
+    k, v = torch.randn(2, 2, 200, 2, 64, generator=generator).to(dtype).unbind()
+    exact = reference.attention(q.double(), k.double(), v.double(), causal=True)
+    eager = reference.attention(q, k, v, causal=True)
+    for name, op, phi in (
+        ("attention", attention, None),
+        ("decode", decode, None),
+        ("unified", decode, 0.0),  # rows that fail its guard are right too
+    ):
+        yield name, functools.partial(op, causal=True, phi=phi), (q, k, v), exact, eager
+    if dtype == torch.float64 or (dtype == torch.float32 and device != "cpu"):
+        return  # products of the vendor's
+    x = torch.randn(5, 576, generator=generator).to(dtype)
+    weight = torch.randn(192, 576, generator=generator).to(dtype)
+    exact, eager = reference.linear(x.double(), weight.double(), None), x @ weight.T
+    for name in FLAT_KERNELS:
+        yield name, functools.partial(flat_linear, impl=name), (x, weight), exact, eager

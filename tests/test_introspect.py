@@ -123,6 +123,8 @@ def test_doctor(device):
         assert text in done.stdout
     for level in isa_levels():
         assert level in done.stdout
+    for name in ("attention", "decode", "unified", "gemv", "flat_gemm"):
+        assert re.search(rf"self-test +{name} +bfloat16 .*: ok", done.stdout), name
     assert re.search(r"self-test +passed", done.stdout)
 
 
