@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -250,3 +252,16 @@ def test_a_model_outside_the_interface_is_refused(name):
 def test_not_a_model():
     with pytest.raises(TypeError, match="^model: .*Linear"):
         hf.patch(torch.nn.Linear(2, 2))
+
+
+def test_what_is_no_bool_is_refused():
+    model = make_model("llama")
+    for name, wrong in (("linear", "yes"), ("attention", None), ("cache", 1)):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got {wrong!r}"):
+            hf.patch(model, **{name: wrong})
+
+
+def test_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None; import flashinfer_lite.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'needs transformers: pip install "flashinfer-lite[hf]"' in done.stderr.splitlines()[-1]

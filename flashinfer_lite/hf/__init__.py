@@ -9,6 +9,12 @@ or, for a model that exists already, both in one call: `flashinfer_lite.hf.patch
 docs/huggingface.md.
 """
 
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    text = 'flashinfer_lite.hf needs transformers: pip install "flashinfer-lite[hf]"'
+    raise ModuleNotFoundError(text, name="transformers") from error
+
 from flashinfer_lite.hf.attention import APPLIED, INERT, REFUSED, attention_forward
 from flashinfer_lite.hf.cache import Cache
 from flashinfer_lite.hf.linear import FlatLinear

@@ -174,7 +174,7 @@ def patch(
         (deepcopy, pickle) of a patched model is patched: `patch(copy).restore()` restores it.
 
     Raises:
-        TypeError: not a PreTrainedModel, or no calibration.
+        TypeError: not a PreTrainedModel, not a bool, or no calibration.
         ValueError: the model did not take the attention; linear=True and it has no torch.nn.Linear;
             the calibration is of another model, or comes with attention=False; the model is patched
             already with other arguments, or shares its configuration or layers with a patched
@@ -189,6 +189,9 @@ def patch(
             f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}; patch "
             "the model before it is wrapped or compiled"
         )
+    for name, given in (("attention", attention), ("linear", linear), ("cache", cache)):
+        if not isinstance(given, bool) and (name, given) != ("linear", None):
+            raise TypeError(f"{name}: expected a bool, got {given!r}")
     phis = {}
     if calibration is not None:
         if not attention:
