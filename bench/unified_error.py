@@ -1,4 +1,4 @@
-"""Print the mean error of decode against float64 where phi lies far from the rows' maxima: the table
+"""Print the mean error of decode against float64 where phi lies far from the rows' maxima: a table
 of docs/flashdecoding_pp.md.
 
     python bench/unified_error.py

@@ -135,7 +135,7 @@ ARGUMENTS = [
     ("sink", torch.ones(4), NotImplementedError, ""),
     ("dropout_p", 0.1, NotImplementedError, ""),
     ("phi", float("nan"), ValueError, "expected a finite number, got nan"),
-    ("phi", "5", TypeError, "expected a number, got str"),
+    ("phi", "5", TypeError, "expected a number or a float32 tensor .*, got str"),
     ("phi", torch.zeros(4).double(), TypeError, "expected dtype float32, got torch.float64"),
     ("phi", torch.zeros(3), ValueError, r"expected a number or shape \[4\].*got \[3\]"),
     ("phi", torch.zeros(4, device="meta"), ValueError, "expected q's device .*, got meta"),
