@@ -64,19 +64,11 @@ class Source:
         return self.spec == RANDOM
 
 
-def cache_dir() -> Path:
-    """Return the cache folder: ``$FLASHINFER_LITE_CACHE``, else ``flashinfer_lite`` under
-    ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    chosen = os.environ.get("FLASHINFER_LITE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "flashinfer_lite"
-
-
 def find_cached() -> Path | None:
     """Return the converted model's folder, or None when it is absent or damaged (a file missing or
     of another size)."""
+    from flashinfer_lite.dataflow import cache_dir
+
     folder = cache_dir() / FOLDER
     try:
         sizes = json.loads((folder / "manifest.json").read_text())
@@ -97,6 +89,8 @@ def fetch(show=print) -> Path:
         FetchError: the registry is out of reach, the sha256 differs, or the cache folder cannot be
             written.
     """
+    from flashinfer_lite.dataflow import cache_dir
+
     root = cache_dir()
     final = root / FOLDER
     try:

@@ -26,7 +26,9 @@ NOT_LANDED = (
 
 
 KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan calls it
-FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}  # rows of x by rows of the weight
+# Rows of x by rows of the weight, both at most, of a block on the CPU.
+FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
+FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Explanation:
     Attributes:
         kernel: on the CPU the op and the level, e.g. "decode cpu avx2"; on CUDA the compiled
             instance, e.g. "decode_sm80_bfloat16_d128_s2".
-        tile: (block_m, block_n): rows (queries times the heads of a group) and keys per step.
+        tile: (block_m, block_n): rows (queries times the heads of a group) and keys per step; of
+            flat_linear rows of x and of the weight, (0, 0) on CUDA, where it is not told.
         kv_splits: into how many parts the keys are split.
         rejected: {kernel: reason} of the others.
     """
@@ -142,7 +145,8 @@ def _explain_flat_linear(*args, **kwargs):
     if x.device.type != "cpu":
         return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
     isa, levels = _levels(x.device)
-    return Explanation(f"flat_linear {chosen} cpu {isa}", FLAT_TILES[chosen], 1, rejected | levels)
+    tiles = FLAT_TILES_AVX512 if isa == "avx512" else FLAT_TILES
+    return Explanation(f"flat_linear {chosen} cpu {isa}", tiles[chosen], 1, rejected | levels)
 
 
 def _levels(device):

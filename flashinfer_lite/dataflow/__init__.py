@@ -13,6 +13,7 @@ fastest changes, the inflection points M1 and M2, depend on the machine, the dty
 """
 
 from flashinfer_lite.dataflow.choice import (
+    cache_dir,
     choose,
     explain_choice,
     in_force,
@@ -29,6 +30,7 @@ __all__ = [
     "Entry",
     "Table",
     "TableError",
+    "cache_dir",
     "choose",
     "device_key",
     "explain_choice",

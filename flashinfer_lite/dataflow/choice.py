@@ -16,8 +16,9 @@ from flashinfer_lite.dataflow.table import Table, TableError, device_key
 VENDOR_ONLY = (0, 0)  # thresholds of what gemv and flat_gemm do not take
 # Shipped (M1, M2) by processor, dtype and [N, K], for a device without a table of its own.
 DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] = {
-    # Measured on an AMD EPYC (avx2, 1 thread, torch 2.13) by `python -m flashinfer_lite tune`, up
-    # to M = 64, where torch's 16-bit products still took four times as long, and 128 for K = 576.
+    # Measured on an AMD EPYC (avx2, 1 thread, torch 2.13) by `python -m flashinfer_lite tune` up to
+    # M = 64, where torch's 16-bit products still took four times as long. The 128 of SmolLM2's
+    # shapes are of an earlier and slower build of the kernels, which had not met torch there yet.
     "cpu": {
         torch.float32: {
             (192, 576): (4, 30),
@@ -204,8 +205,7 @@ def thresholds(device_type: str, dtype: torch.dtype, n: int, k: int) -> tuple[in
     by the sum of |log| of the ratios of N and K; without a table the same rule on the shipped
     defaults. (0, 0) for what only the vendor takes.
     """
-    threads = get_num_threads() if device_type == "cpu" else 0
-    return _thresholds(device_type, dtype, n, k, threads)[0]
+    return _thresholds(device_type, dtype, n, k, _threads(device_type))[0]
 
 
 def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
