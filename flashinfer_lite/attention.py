@@ -60,10 +60,10 @@ def attention(
             (FlashDecoding++, arXiv 2311.01282) takes exp(S - phi) instead, without looking at the
             maximum on the way, and computes again, by the online softmax, each row for which that
             was not safe: docs/flashdecoding_pp.md. "auto" is "unified" if phi is given.
-        phi: a number, or float32 [num_heads_q]: about the row maxima of S, within 30 of them (for
-            float16 up to 10 below). `flashinfer_lite.calibrate` measures it; None with "unified" is
-            0. It decides how many rows are computed twice, `stats()` counts them, never what comes
-            out beyond rounding: a row computed again is bit for bit what "online" gives.
+        phi: a number, or float32 [num_heads_q]: below the row maxima of S, by up to 44 (float16:
+            10.4). `flashinfer_lite.calibrate` measures it; None with "unified" is 0. It decides how
+            many rows are computed twice, `stats()` counts them, never what comes out beyond
+            rounding: a row computed again is bit for bit what "online" gives.
         alibi_slopes, sink, dropout_p: not implemented yet, refused.
 
     Returns:

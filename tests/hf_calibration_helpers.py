@@ -28,7 +28,7 @@ def given(model, values=None, off=()):
     """phi of all layers: another one for each head, or `values` of each layer."""
     config = model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    phis = [torch.linspace(-2, 3, heads).add(layer).tolist() for layer in range(layers)]
+    phis = [torch.linspace(-7, -2, heads).add(layer).tolist() for layer in range(layers)]
     if values is not None:
         phis = [[value] * heads for value in values]
     return Given([None if i in off else p for i, p in enumerate(phis)], heads, GUARDS[model.dtype])

@@ -12,7 +12,7 @@ from mutant_cases import Attention, _lengths
 
 from flashinfer_lite.testing import assert_same_bits
 
-BOUND = 30.0  # of the guard, on both sides, in bfloat16
+HIGH = 44.0  # the guard's upper bound in bfloat16; the lower one is 0
 
 
 class Unified(Attention):
@@ -86,7 +86,7 @@ def cases_of(kernel, seqlen_q, kv_splits):
     label = f"unified, {kv_splits} splits: " if kernel == "decode" else "unified: "
     by_head = torch.tensor([False, True, False, False])
     late = (torch.arange(seqlen_q) // 8 % 2 == 1)[None, :, None]
-    at_bounds = [1 - BOUND - 0.1, 1.1 - BOUND, BOUND + 0.9, BOUND + 1.1]
+    at_bounds = [1 - HIGH - 0.1, 1.1 - HIGH, 0.9, 1.1]
     beyond = torch.tensor([True, False, False, True])
     # Where the maximum is 0 and not 1, what was 0.1 above the lower bound is 0.9 below it.
     beyond = torch.where(late, torch.tensor([False, False, True, True]), beyond)
@@ -97,23 +97,23 @@ def cases_of(kernel, seqlen_q, kv_splits):
     return [
         make(
             label + "one head is far", heads, (201, 2), causal=True,
-            phi=[0.5, 90.0, 0.5, 0.0], recomputed=by_head,
+            phi=[-5.0, 90.0, -5.0, -6.0], recomputed=by_head,
         ),
         make(label + "all far", heads, (201, 2), causal=True, phi=200.0, recomputed=True),
         make(
             label + "lengths", heads, (130, 2), batch_size=3, causal=True, **lengths,
-            phi=[0.5, math.nan, 0.5, 0.0], recomputed=by_head,
+            phi=[-5.0, math.nan, -5.0, -6.0], recomputed=by_head,
         ),
         make(label + "bounds", heads, (90, 4), softmax_scale=1.0, phi=at_bounds, recomputed=beyond)
         .edit(_bounds),
         make(label + "deep", heads, (90, 1), phi=0.5, recomputed=True).edit(_far_below_zero),
         make(label + "tiny", heads, (90, 1), phi=[-5.0, 25.0, -5.0, -5.0], recomputed=by_head)
         .edit(_scaled(1e-30)),
-        make(label + "huge", heads, (90, 1), phi=[0.5, -26.0, 0.5, 0.5], recomputed=by_head)
+        make(label + "huge", heads, (90, 1), phi=[-5.0, -26.0, -5.0, -5.0], recomputed=by_head)
         .edit(_scaled(1e33)),
-        make(label + "NaN", heads, (90, 2), phi=0.5, recomputed=nan_row).edit(_nan_scores),
+        make(label + "NaN", heads, (90, 2), phi=-5.0, recomputed=nan_row).edit(_nan_scores),
         make(
-            label + "group of 3", (seqlen_q, 6), (90, 2), phi=[0.5, 90.0, 0.5, 0.5, 0.5, 0.5],
+            label + "group of 3", (seqlen_q, 6), (90, 2), phi=[-5.0, 90.0, -5.0, -5.0, -5.0, -5.0],
             recomputed=torch.arange(6) == 1,
         ),
         make(label + "zero", heads, (90, 1), phi=-5.0).edit(_scaled(0.0)),

@@ -87,7 +87,7 @@ def test_it_counts_the_scores_of_eager_attention(device, family, padding, monkey
             assert_same_distribution(layer.row_max, head, row_max)
             low, high = layer.row_max_ranges[head]
             if layer.phi is not None:
-                assert layer.phi[head] == (low + high) / 2  # the guard is symmetric
+                assert layer.phi[head] == (low + high) / 2 - sum(calibration.guard) / 2
             assert low - TOL <= row_max[0] and row_max[-1] <= high + TOL, "all of so few rows"
         everything = torch.cat([scores for scores, _ in expected[layer.index]])
         low, high = layer.score_range
@@ -215,7 +215,7 @@ def test_ranges_like_opts_turn_the_technique_off(device):
     assert [calibration.phi(i) for i in range(2)] == [None, None]
     for layer in calibration.layers:
         assert "of the row maxima lie in (" in layer.reason
-        assert "wider than the guard's 60" in layer.reason
+        assert "wider than the guard's 44" in layer.reason
     assert calibration.expected_rate is None and calibration.held_out.rate is None
     assert calibration.held_out.rows_checked == 0
     low, high = calibration.score_range

@@ -280,7 +280,7 @@ def test_the_picture_has_what_the_layers_have(device, tmp_path, monkeypatch):
     left, right = drawn[0].axes
     lines = [[list(map(float, line.get_xdata())) for line in axes.lines] for axes in (left, right)]
     assert calibration.phi(0) in lines[0] and list(calibration.layers[2].score_range) in lines[0]
-    assert [-30.0, -30.0] in lines[1] and [30.0, 30.0] in lines[1]
+    assert [0.0, 0.0] in lines[1] and [44.0, 44.0] in lines[1]
     colours = [[mesh.cmap.name for mesh in axes.collections] for axes in (left, right)]
     # Layer 1 has no attention, layer 2 one head and no phi.
     assert colours == [["Blues"] * 2, ["Blues", "Blues", "Reds"]]

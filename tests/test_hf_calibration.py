@@ -51,8 +51,7 @@ def test_logits(device, family, dtype):
     model = make_model(family, device=device, dtype=dtype, **options)
     oracle = copy.deepcopy(model).double()
     oracle.set_attn_implementation("sdpa" if family != "gemma2" else hf.NAME)
-    # Row maxima are near 0 here; float16 has its guard above phi.
-    calibration = given(model, (-3.0, -4.0) if dtype == torch.float16 else (0.0, 1.0))
+    calibration = given(model, (-3.0, -4.0))  # row maxima are near 0 here
     for batch in (make_batch("left", device=device), make_batch(seqlen=5, device=device)):
         real = batch["attention_mask"].bool()
         wanted, expected = oracle(**batch).logits[real], model(**batch).logits[real]
@@ -126,7 +125,7 @@ def test_huge_scores(device):
     batch = make_batch("left", device=device)
     with hf.patch(model):
         expected = generate(model, batch)
-    with hf.patch(model, calibration=given(model, (0.0, 0.0))):
+    with hf.patch(model, calibration=given(model, (-3.0, -4.0))):
         counted()
         assert torch.equal(generate(model, batch), expected)
         checked, recomputed = counted()
@@ -179,7 +178,7 @@ def test_gradients(device):
     oracle.set_attn_implementation("sdpa")
     oracle = gradients(oracle)
     with torch.inference_mode():
-        handle = hf.patch(model, calibration=given(model, (0.0, 0.0)))
+        handle = hf.patch(model, calibration=given(model, (-3.0, -4.0)))
     counted()
     actual = gradients(model)
     assert counted()[0] > 0
@@ -255,7 +254,8 @@ def test_a_compiled_model_follows(device):
     torch._dynamo.reset()
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     rows = 2 * 9 * ids.numel()
-    for values, wanted in ((None, (0, 0)), ((0.0, 0.0), (rows, 0)), ((500.0, 500.0), (rows, rows))):
+    given_phis = ((None, (0, 0)), ((-8.0, -8.0), (rows, 0)), ((500.0, 500.0), (rows, rows)))
+    for values, wanted in given_phis:
         calibration = None if values is None else given(model, values)
         with hf.patch(model, linear=False, calibration=calibration):
             counted()

@@ -109,7 +109,7 @@ def test_another_calibration():
     (
         ({"num_layers": 3}, "expected one of 2 layers for LlamaForCausalLM, got one of 3"),
         ({"num_heads_q": 4}, "expected one of 9 query heads for LlamaForCausalLM, got one of 4"),
-        ({"guard": GUARDS[torch.float16]}, r"\(-30.0, 30.0\) of torch.float32.*\(0.0, 10.4\)"),
+        ({"guard": GUARDS[torch.float16]}, r"\(0.0, 44.0\) of torch.float32.*\(0.0, 10.4\)"),
         ({"phis": [None, [0.0] * 8]}, r"index 1 and 8 query heads, got \['LlamaAttention'\]"),
     ),
     ids=("layers", "heads", "guard", "values"),

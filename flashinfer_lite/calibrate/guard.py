@@ -5,9 +5,9 @@ import torch
 # dtype of the probabilities -> (a, b): a row is computed again unless a < row_max - phi < b, in
 # natural units of the score.
 GUARDS = {
-    torch.float64: (-30.0, 30.0),
-    torch.float32: (-30.0, 30.0),
-    torch.bfloat16: (-30.0, 30.0),
+    torch.float64: (0.0, 44.0),
+    torch.float32: (0.0, 44.0),
+    torch.bfloat16: (0.0, 44.0),
     torch.float16: (0.0, 10.4),
 }
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in GUARDS}

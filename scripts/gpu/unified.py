@@ -42,7 +42,7 @@ def main():
         qkv = make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
         runs = {
             "online": functools.partial(op, *qkv),
-            "unified": functools.partial(op, *qkv, phi=2.0),
+            "unified": functools.partial(op, *qkv, phi=-2.0),
             "recomputed": functools.partial(op, *qkv, phi=200.0),
         }
         online, unified, recomputed = (run() for run in runs.values())

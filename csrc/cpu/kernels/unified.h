@@ -53,14 +53,8 @@ FIL_INLINE RowVerdict judge(const UnifiedRow<Acc>& row, int64_t head_dim_v) {
   // Quotients are probed too: near the largest number one may round beyond it.
   const Acc inverse = 1 / row.row_sum;
   Acc probe = row.row_sum * Acc(0);  // 0 * x is 0 for finite x and NaN otherwise
-  Acc largest = 0;
-  for (int64_t c = 0; c < head_dim_v; ++c) {
-    const Acc x = row.numerator[c];
-    probe += x * inverse * Acc(0);
-    largest = max_of(largest, x < 0 ? -x : x);
-  }
-  const bool may_underflow = above < 0 && largest < Acc(kTinyNumerator);
-  return probe == 0 && !may_underflow ? RowVerdict::kGood : RowVerdict::kViolated;
+  for (int64_t c = 0; c < head_dim_v; ++c) probe += row.numerator[c] * inverse * Acc(0);
+  return probe == 0 ? RowVerdict::kGood : RowVerdict::kViolated;
 }
 
 // The row's verdict, and out and lse unless it is violated.

@@ -91,8 +91,7 @@ struct UnifiedRow {
     // Quotients are looked at too: near the largest number one may round beyond it.
     const float quotient = std::bit_cast<float>(largest) * (1.f / row_sum);
     const bool finite = magnitude(row_sum) < kInf && magnitude(quotient) < kInf;
-    const bool may_underflow = above < 0.f && largest < std::bit_cast<uint32_t>(kTinyNumerator);
-    return bounded && finite && !may_underflow ? RowVerdict::kGood : RowVerdict::kViolated;
+    return bounded && finite ? RowVerdict::kGood : RowVerdict::kViolated;
   }
 
   __device__ __forceinline__ float lse() const { return (phi + arch::log2(row_sum)) * kLn2; }
