@@ -1,6 +1,8 @@
 """Attention over dense batches, forward and backward."""
 
-from flashinfer_lite import _check, _ops, reference
+import torch
+
+from flashinfer_lite import _check, _ops, _plain, reference
 
 
 def attention(
@@ -92,6 +94,16 @@ def attention(
         >>> flashinfer_lite.attention(q, k, v, causal=True).shape
         torch.Size([1, 5, 4, 64])
     """
+    if (
+        mask is alibi_slopes is sink is phi is None
+        and softmax == "auto"
+        and impl == "auto"
+        and dropout_p == 0
+    ):
+        scores = causal, window, softmax_scale, softcap
+        plain = _plain.call(_unrecorded, q, k, v, *scores, kv_start, seqlens_kv)
+        if plain is not None:
+            return plain if return_lse else plain[0]
     q, k, v = _check.under_autocast(q, k, v)
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
     phi = _check.unified(softmax, phi, q)
@@ -102,6 +114,13 @@ def attention(
         _check.no_cuda_backward(*arguments[:4])
         out, lse = _ops.attention_fwd(*arguments, *phi)
     return (out, lse) if return_lse else out
+
+
+def _unrecorded(*arguments):
+    """attention_fwd of tensors that need no gradient: autograd's detour by Python is half of a
+    small call."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.attention_fwd(*arguments)
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 import torch
 
-from flashinfer_lite import _check, _ops
+from flashinfer_lite import _check, _ops, _plain
 from flashinfer_lite.attention import prepare, run_reference
 
 
@@ -70,6 +70,21 @@ def decode(
         >>> flashinfer_lite.decode(q, cache, cache, seqlens_kv=used).shape
         torch.Size([2, 1, 8, 64])
     """
+    if (
+        mask is alibi_slopes is sink is phi is None
+        and out is block_table is process_group is None
+        and softmax == "auto"
+        and impl == "auto"
+        and dropout_p == 0
+        and type(kv_splits) is int
+        and type(batch_invariant) is bool
+        and not (batch_invariant and kv_splits)
+    ):
+        scores, split = (causal, window, softmax_scale, softcap), (kv_splits, batch_invariant)
+        given = q, k_cache, v_cache, *scores, kv_start, seqlens_kv
+        plain = _plain.call(_ops.decode, *given, *split)
+        if plain is not None:
+            return plain if return_lse else plain[0]
     q, k_cache, v_cache = _check.under_autocast(q, k_cache, v_cache)
     arguments = prepare(
         q,

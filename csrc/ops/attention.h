@@ -214,10 +214,8 @@ struct Outputs {
 
 inline Outputs new_outputs(const Tensor& q, const AttentionParams& p) {
   const ScalarType type = q.scalar_type();
-  return {
-      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type),
-      torch::stable::new_empty(q, {p.batch_size, p.num_heads_q, p.seqlen_q},
-                               accumulator_type(type))};
+  return {new_tensor(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type),
+          new_tensor(q, {p.batch_size, p.num_heads_q, p.seqlen_q}, accumulator_type(type))};
 }
 
 inline void set_outputs(AttentionFwdParams& p, const Outputs& outputs) {

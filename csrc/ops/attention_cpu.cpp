@@ -70,17 +70,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   check(!wants_dmask || (mask && mask->scalar_type() != ScalarType::Bool),
         "wants_dmask: expected an additive mask to differentiate");
 
-  Tensor dq =
-      torch::stable::new_empty(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim}, type);
-  Tensor dk =
-      torch::stable::new_empty(k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim}, type);
-  Tensor dv =
-      torch::stable::new_empty(v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v}, type);
+  Tensor dq = new_tensor(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim}, type);
+  Tensor dk = new_tensor(k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim}, type);
+  Tensor dv = new_tensor(v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v}, type);
   Tensor dmask =
       wants_dmask
           ? torch::stable::new_zeros(
                 *mask, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, accumulator)
-          : torch::stable::new_empty(q, {0}, accumulator);
+          : new_tensor(q, {0}, accumulator);
   set_strided(p.out, out);
   set_strided(p.dout, dout);
   set_strided(p.dq, dq);

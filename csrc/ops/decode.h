@@ -54,9 +54,8 @@ inline Outputs prepare_merge(CombineParams& c, const Tensor& outs, const Tensor&
   c.lse_partial_batch = lses.stride(1);
   c.lse_partial_head = lses.stride(2);
   c.lse_partial_seqlen = lses.stride(3);
-  Outputs outputs{
-      torch::stable::new_empty(outs, {c.batch_size, c.seqlen_q, c.num_heads_q, c.head_dim_v}, type),
-      torch::stable::new_empty(outs, {c.batch_size, c.num_heads_q, c.seqlen_q}, accumulator)};
+  Outputs outputs{new_tensor(outs, {c.batch_size, c.seqlen_q, c.num_heads_q, c.head_dim_v}, type),
+                  new_tensor(outs, {c.batch_size, c.num_heads_q, c.seqlen_q}, accumulator)};
   set_strided(c.out, outputs.out);
   c.lse = outputs.lse.data_ptr();
   return outputs;

@@ -20,7 +20,7 @@ Workspace new_workspace(const Tensor& q, CudaAttentionParams& p, const cuda::Dec
   if (p.unified) p.row_counters = cuda_row_counters(q);
   if (plan.kv_splits == 1) return w;
   const auto floats = [&](const std::vector<int64_t>& shape) {
-    return torch::stable::new_empty(q, shape, ScalarType::Float);
+    return new_tensor(q, shape, ScalarType::Float);
   };
   const int64_t splits = plan.kv_splits;
   w.out_partial = floats({splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});

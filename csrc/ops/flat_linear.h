@@ -74,23 +74,9 @@ inline void set_flat_linear(FlatLinearParams& p, const Tensor& x, const Tensor& 
 
 // [..., N] like x, contiguous.
 inline Tensor new_flat_linear_out(FlatLinearParams& p, const Tensor& x) {
-  const int64_t dims = x.dim();
-  std::vector<int64_t> sizes(dims), strides(dims);
-  for (int64_t i = dims - 1, stride = 1; i >= 0; --i) {
-    sizes[i] = i == dims - 1 ? p.n : x.size(i);
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
-  // Not new_empty, which passes the dispatcher once more: two microseconds of a small product's
-  // ten.
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
-  Tensor out(handle);
+  std::vector<int64_t> sizes(x.dim(), p.n);
+  for (int64_t i = 0; i < x.dim() - 1; ++i) sizes[i] = x.size(i);
+  Tensor out = new_tensor(x, sizes, x.scalar_type());
   p.out = out.data_ptr();
   p.out_row = p.n;
   return out;

@@ -16,7 +16,7 @@ void run(CudaFlatLinearParams& p, const Tensor& x, FlatLinearKernel kernel) {
   std::optional<Tensor> partial;
   Tickets tickets;
   if (plan.splits > 1) {
-    partial = torch::stable::new_empty(x, {plan.num_partials()}, ScalarType::Float);
+    partial = new_tensor(x, {plan.num_partials()}, ScalarType::Float);
     tickets = cuda_tickets(context, x, plan.num_tickets());
     p.partial = static_cast<float*>(partial->data_ptr());
     p.tickets = tickets.data;

@@ -9,13 +9,12 @@ namespace {
 // Memory of the splits' partial results.
 struct Partials {
   Partials(const Tensor& like, AttentionFwdParams& p)
-      : out(torch::stable::new_empty(
-            like, {p.kv_splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v},
-            accumulator_type(like.scalar_type()))),
+      : out(new_tensor(like, {p.kv_splits, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v},
+                       accumulator_type(like.scalar_type()))),
         // The second half is row_max_partial, of a unified pass.
-        rows(torch::stable::new_empty(
-            like, {p.unified ? 2 : 1, p.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q},
-            accumulator_type(like.scalar_type()))) {
+        rows(new_tensor(like,
+                        {p.unified ? 2 : 1, p.kv_splits, p.batch_size, p.num_heads_q, p.seqlen_q},
+                        accumulator_type(like.scalar_type()))) {
     p.out_partial = out.data_ptr();
     p.lse_partial = rows.data_ptr();
     if (p.unified) {

@@ -26,6 +26,9 @@ struct FreeDeleter {
 // Work below this many multiply-adds is done before another thread has woken up.
 constexpr double kSerialWork = 1e5;
 
+// Scratch up to this many bytes lies on the stack: allocating it is much of a small call.
+constexpr int64_t kSmallScratch = 32 << 10;
+
 // Multiply-adds of a forward over all pairs.
 inline double forward_work(const AttentionParams& p) {
   return double(p.batch_size) * p.num_heads_q * p.seqlen_q * p.seqlen_kv *
@@ -41,16 +44,19 @@ void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, 
   const int64_t threads = work < kSerialWork ? 1 : torch::stable::get_num_threads();
   const int64_t workers = std::min((tasks + grain - 1) / grain, threads);
   const int64_t bytes = (kernel.scratch(p) + 63) / 64 * 64;
-  const std::unique_ptr<char, FreeDeleter> scratch(
-      static_cast<char*>(std::aligned_alloc(64, workers * bytes)));
-  check(scratch != nullptr || bytes == 0, "out of memory: ", workers * bytes, " bytes of scratch");
+  alignas(64) char small[kSmallScratch];
+  const bool fits = workers * bytes <= kSmallScratch;
+  const std::unique_ptr<char, FreeDeleter> large(
+      fits ? nullptr : static_cast<char*>(std::aligned_alloc(64, workers * bytes)));
+  char* const scratch = fits ? small : large.get();
+  check(scratch != nullptr, "out of memory: ", workers * bytes, " bytes of scratch");
 
   std::atomic<int64_t> next{0};
   const auto work_on = [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       for (int64_t task; (task = next.fetch_add(grain, std::memory_order_relaxed)) < tasks;) {
         for (int64_t t = task; t < std::min(task + grain, tasks); ++t) {
-          kernel.run(p, t, scratch.get() + worker * bytes);
+          kernel.run(p, t, scratch + worker * bytes);
         }
       }
     }

@@ -53,7 +53,7 @@ Tickets cuda_tickets(const CudaContext& context, const Tensor& like, int64_t cou
   if (!is_capturing(context.stream)) {
     if (uint32_t* data = stream_tickets(context, count)) return {data, {}};
   }
-  Tensor own = torch::stable::new_empty(like, {count}, ScalarType::Int);
+  Tensor own = new_tensor(like, {count}, ScalarType::Int);
   set_to_zero(own.data_ptr(), count, context.stream);
   return {static_cast<uint32_t*>(own.data_ptr()), own};
 }
