@@ -2,13 +2,15 @@
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
 
-from flashinfer_lite import _plain, attention, decode
+from flashinfer_lite import attention, decode
 from flashinfer_lite.testing import assert_same_bits, make_qkv
 
+SHORT = sys.modules["flashinfer_lite._plain"]
 OPS = {"attention": attention, "decode": decode}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -16,20 +18,20 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.fixture
 def short(monkeypatch):
     """The short way's results so far, None where it stepped aside."""
-    results, call = [], _plain.call
+    results, call = [], SHORT.call
 
     def recorded(*arguments):
         results.append(call(*arguments))
         return results[-1]
 
-    monkeypatch.setattr(_plain, "call", recorded)
+    monkeypatch.setattr(SHORT, "call", recorded)
     return results
 
 
 @pytest.fixture
 def no_short(monkeypatch):
     """Turns the short way off when called."""
-    return lambda: monkeypatch.setattr(_plain, "call", lambda *_: None)
+    return lambda: monkeypatch.setattr(SHORT, "call", lambda *_: None)
 
 
 PLAIN = {
