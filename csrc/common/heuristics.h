@@ -13,6 +13,8 @@ struct Tile {
   int64_t block_n;  // keys per step
 };
 
+constexpr int64_t kMaxHeads = 64;  // that may walk together: the kernel has a bit for each
+
 struct CpuForwardPlan {
   Tile tile;
   bool pack;               // copy each tile of K and V into the products' layout, or read in place
@@ -36,12 +38,15 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
   // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
   // same bytes.
   CpuForwardPlan plan{{96, std::max(p.head_dim, p.head_dim_v) > 128 ? 64 : 128}, pack, 1};
-  if (!pack && p.heads_side_by_side) {
-    // One head at a time would read 256 bytes of every 2 KB, at a third of the memory's speed:
-    // heads that fill about 2 KB go together, with 32 keys of theirs and the next 32 in L2.
-    const int64_t heads = 2048 / (p.head_dim * p.element_size);
-    plan.heads_together = std::clamp<int64_t>(heads, 1, p.num_heads_kv);
-    if (plan.heads_together > 1) plan.tile.block_n = 32;
+  if (!pack) {
+    plan.tile.block_n = 256;
+    if (p.heads_side_by_side) {
+      // One head at a time would read 256 bytes of every 2 KB, at a third of the memory's speed:
+      // heads that fill a page go together, with fewer keys, for all their scores are kept.
+      const int64_t heads = 4096 / (p.head_dim * p.element_size);
+      plan.heads_together = std::clamp<int64_t>(heads, 1, std::min(p.num_heads_kv, kMaxHeads));
+      if (plan.heads_together > 1) plan.tile.block_n = 64;
+    }
   }
   plan.tile.block_m = std::clamp<int64_t>(p.rows, 1, plan.tile.block_m);
   return plan;

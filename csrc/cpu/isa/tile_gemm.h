@@ -104,29 +104,9 @@ void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t 
   }
 }
 
-// Rows that the next product will read in place. Decode alternates between K and V, too briefly for
-// the hardware's prefetchers: while one is multiplied, the other is fetched into the second-level
-// cache, an even share of its rows per step: in one burst they would hold the core up.
-template <class T>
-struct Upcoming {
-  const T* data;
-  int64_t row;  // stride
-  int64_t rows;
-  int64_t cols;
-
-  FIL_INLINE void fetch(int64_t first, int64_t count) const {
-    for (int64_t r = first; r < min_of(first + count, rows); ++r) {
-      const char* line = reinterpret_cast<const char*>(data + r * row);
-      for (int64_t byte = 0; byte < cols * int64_t{sizeof(T)}; byte += 64) {
-        __builtin_prefetch(line + byte, 0, 2);
-      }
-    }
-  }
-};
-
 // Rows of B per step of the products that read it in place: they stay in the first-level cache for
 // all rows of A.
-constexpr int64_t kRowsInL1 = 8;
+constexpr int64_t kStepRows = 8;
 
 // Columns, in vectors, that a block of `rows` rows keeps in registers when B is read in place:
 // few rows need more columns for as many independent sums as the FMA units have latency.
@@ -151,21 +131,15 @@ FIL_INLINE void direct_rows(int64_t rows, int64_t cols, int64_t depth, const Acc
   }
 }
 
-// C[rows, cols] += A[rows, depth] B[depth, cols] with B read once, in place, in its own type: for
-// too few rows to pay for packing B. C's rows must have room for whole vectors.
+// One step of C[rows, cols] += A[rows, depth] B[depth, cols], depth <= kStepRows, with B read once,
+// in place, in its own type: for too few rows to pay for packing B. C's rows must have room for
+// whole vectors.
 template <class Acc, class T>
 void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
-                      const T* b, int64_t b_row, Acc* c, int64_t c_row, Upcoming<T> upcoming) {
-  const int64_t share = ceil_div(upcoming.rows * kRowsInL1, depth);
-  int64_t fetched = 0;
-  for (int64_t d = 0; d < depth; d += kRowsInL1, fetched += share) {
-    const int64_t step = min_of(depth - d, kRowsInL1);
-    upcoming.fetch(fetched, share);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, step,
-                             a + row * a_row + d, a_row, b + d * b_row, b_row, c + row * c_row,
-                             c_row);
-    }
+                      const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, depth, a + row * a_row,
+                           a_row, b, b_row, c + row * c_row, c_row);
   }
 }
 
@@ -208,26 +182,19 @@ void dot_rows(int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T*
   }
 }
 
-// S[rows, cols] = A[rows, depth] B[cols, depth]^T with B read in place: for few rows. A's rows are
-// zero up to a whole vector; S's rows have room for a multiple of eight columns.
+// One step of S[rows, cols] = A[rows, depth] B[cols, depth]^T, cols <= kStepRows, with B read in
+// place: for few rows. A's rows are zero up to a whole vector; S's rows have room for kStepRows.
 template <class Acc, class T>
 void tile_dot(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
-              int64_t b_row, Acc* s, int64_t s_row, Upcoming<T> upcoming) {
-  const int64_t share = ceil_div(upcoming.rows * kRowsInL1, cols);
-  int64_t fetched = 0;
-  for (int64_t col = 0; col < cols; col += kRowsInL1, fetched += share) {
-    const int64_t count = min_of(cols - col, kRowsInL1);
-    upcoming.fetch(fetched, share);
-    for (int64_t row = 0; row < rows;) {
-      const int64_t left = rows - row;
-      const auto dot = left >= 4   ? dot_rows<4, 2, Acc, T>
-                       : left == 3 ? dot_rows<3, 4, Acc, T>
-                       : left == 2 ? dot_rows<2, 4, Acc, T>
-                                   : dot_rows<1, 8, Acc, T>;
-      dot(count, depth, a + row * a_row, a_row, b + col * b_row, b_row, s + row * s_row + col,
-          s_row);
-      row += min_of<int64_t>(left, 4);
-    }
+              int64_t b_row, Acc* s, int64_t s_row) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row;
+    const auto dot = left >= 4   ? dot_rows<4, 2, Acc, T>
+                     : left == 3 ? dot_rows<3, 4, Acc, T>
+                     : left == 2 ? dot_rows<2, 4, Acc, T>
+                                 : dot_rows<1, 8, Acc, T>;
+    dot(cols, depth, a + row * a_row, a_row, b, b_row, s + row * s_row, s_row);
+    row += min_of<int64_t>(left, 4);
   }
 }
 

@@ -10,10 +10,13 @@
 //   S = q k^T -> finish_scores (scale, softcap, mask, range) -> online softmax -> acc_o += P v
 //
 // Many rows: K is packed transposed and V in panels, one block each, and tile_gemm multiplies.
-// Few rows (decode): tile_dot and tile_gemm_direct read K and V in place, once.
+// Few rows (decode): tile_dot and tile_gemm_direct read K and V in place, once, in steps of
+// kStepRows keys. The task's range is as many streams, and a step takes one key from each: the
+// hardware's prefetchers follow them side by side, where one alone leaves half of the memory's
+// speed. Heads that lie side by side take each step in turn.
 //
-// Blocks are counted from the first visible slot of the sequence, so that left padding does not
-// move a row's block boundaries and with them its rounding.
+// Blocks are counted from the first visible slot of the sequence, streams from the first of the
+// range, so that left padding does not move a row's block boundaries and with them its rounding.
 #pragma once
 
 #include "cpu/isa/tile_gemm.h"
@@ -39,7 +42,7 @@ struct ForwardScratch {
     row_sum = arena.take<Acc>(all_rows);
     phi = arena.take<Acc>(all_rows);
     rows = arena.take<Row>(all_rows);
-    s = arena.take<Acc>(block_m * s_row);
+    s = arena.take<Acc>((plan.pack ? 1 : p.heads_per_task) * block_m * s_row);
     bias = arena.take<Acc>(s_row);
     if (plan.pack) {
       k_panels = arena.take<Acc>(p.head_dim * s_row);
@@ -58,6 +61,7 @@ struct ForwardScratch {
     t.row_sum += first;
     t.phi += first;
     t.rows += first;
+    if (!plan.pack) t.s += first * s_row;
     return t;
   }
 
@@ -124,7 +128,7 @@ bool has_non_finite(int64_t rows, int64_t cols, const T* x, int64_t stride) {
 // acc_o += P v, leaving out what a row does not see, where 0 * NaN would be NaN. Sums as the
 // products do, in steps of `step` keys: the bits are those of a v with zeros there.
 template <class Acc, class T>
-void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, int64_t step,
+void accumulate_visible(const AttentionParams& p, int64_t batch, const KeyBlock& keys, int64_t step,
                         int64_t rows, const Row* row, const Acc* s, int64_t s_row, const T* v,
                         Acc* acc_o, int64_t o_row) {
   constexpr int width = kWidth<Acc>;
@@ -134,8 +138,8 @@ void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, 
       for (int64_t c = 0; c < p.head_dim_v; c += width) {
         Vector<Acc> sum = {};
         for (int64_t key = first; key < last; ++key) {
-          if (!sees(p, batch, row[r], keys.first + key)) continue;
-          const T* at = v + key * p.v.seqlen + c;
+          if (!sees(p, batch, row[r], keys.at(key))) continue;
+          const T* at = v + (keys.at(key) - keys.first) * p.v.seqlen + c;
           const Vector<Acc> x = p.head_dim_v - c >= width ? load_as<Acc>(at)
                                                           : load_part_as<Acc>(at, p.head_dim_v - c);
           sum = fma(broadcast<Acc>(s[r * s_row + key]), x, sum);
@@ -146,73 +150,98 @@ void accumulate_visible(const AttentionParams& p, int64_t batch, KeyBlock keys, 
   }
 }
 
-// What to fetch while q k^T and P v of a block are computed.
-template <class Element>
-struct Fetch {
-  Upcoming<Element> during_qk, during_pv;
-};
-
-// A head that walks alone alternates: its V during q k^T, its next K during P v. Heads that walk
-// together fetch the next block's keys row by row, all heads at once, each head its share.
-template <class Element>
-FIL_INLINE Fetch<Element> fetch_of(const AttentionParams& p, int64_t batch, int64_t first_head,
-                                   int64_t head, int64_t heads, KeyBlock keys, int64_t next_count) {
-  const int64_t next = keys.first + keys.count;
-  const int64_t k_row = p.k.seqlen, v_row = p.v.seqlen;
-  if (heads == 1) {
-    const Element* v = element_of<Element>(p.v, batch, keys.first, first_head);
-    const Element* k_next = element_of<Element>(p.k, batch, next, first_head);
-    return {{v, v_row, keys.count, p.head_dim_v}, {k_next, k_row, next_count, p.head_dim}};
-  }
-  const int64_t share = (next_count + heads - 1) / heads;
-  const int64_t first = min_of(head * share, next_count);
-  const int64_t count = min_of(share, next_count - first);
-  const Element* k_next = element_of<Element>(p.k, batch, next + first, first_head);
-  const Element* v_next = element_of<Element>(p.v, batch, next + first, first_head);
-  return {{k_next, k_row, count, (heads - 1) * p.k.head + p.head_dim},
-          {v_next, v_row, count, (heads - 1) * p.v.head + p.head_dim_v}};
-}
-
+// The scores of a block become probabilities. Returns whether a row does not see every key.
 template <class Element, class Acc = Accumulator<Element>>
-void attend_block(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, KeyBlock keys,
-                  const Fetch<Element>& fetch, int64_t rows, const ForwardScratch<Element>& t) {
-  const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
-  const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
+bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys, int64_t rows,
+                   const ForwardScratch<Element>& t) {
   const int64_t padded = round_up(keys.count, kWidth<Acc>);
-
-  if (t.plan.pack) {
-    pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
-    tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
-              t.s_row, false);
-  } else {
-    tile_dot(rows, keys.count, p.head_dim, t.q, t.q_row, k, p.k.seqlen, t.s, t.s_row,
-             fetch.during_qk);
-  }
-
-  bool hides = false;
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
+  bool hides = false;
   for (int64_t r = 0; r < rows; ++r) {
-    hides |= finish_scores<Acc>(p, batch, t.rows[r], keys, t.s + r * t.s_row, t.bias,
-                                mask_is_shared && r > 0, nullptr);
     Acc* s = t.s + r * t.s_row;
+    hides |=
+        finish_scores<Acc>(p, batch, t.rows[r], keys, s, t.bias, mask_is_shared && r > 0, nullptr);
     if (p.unified) {
       unified_step(s, padded, t.phi[r], t.row_max[r], t.row_sum[r]);
     } else {
       softmax_step(s, padded, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row, t.o_row);
     }
   }
+  return hides;
+}
 
+// One block of keys of many rows.
+template <class Element, class Acc = Accumulator<Element>>
+void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
+                   const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& t) {
+  const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
+  const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
+  pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
+  tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
+            t.s_row, false);
+  const bool hides = softmax_block<Element>(p, batch, keys, rows, t);
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
-    const int64_t step = t.plan.pack ? keys.count : kRowsInL1;
-    accumulate_visible(p, batch, keys, step, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
-  } else if (t.plan.pack) {
-    pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
-    tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
-              t.acc_o, t.o_row, true);
-  } else {
-    tile_gemm_direct(rows, p.head_dim_v, keys.count, t.s, t.s_row, v, p.v.seqlen, t.acc_o, t.o_row,
-                     fetch.during_pv);
+    accumulate_visible(p, batch, keys, keys.count, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
+    return;
   }
+  pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
+  tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
+            t.acc_o, t.o_row, true);
+}
+
+// run(first, count, key, head) for the steps of a block and, in each, for all heads.
+template <class Run>
+FIL_INLINE void for_steps(const KeyBlock& keys, int64_t heads, const Run& run) {
+  for (int64_t c = 0; c < keys.count; c += kStepRows) {
+    for (int64_t h = 0; h < heads; ++h) run(c, min_of(keys.count - c, kStepRows), keys.at(c), h);
+  }
+}
+
+// Whether V of a block has NaN or inf.
+template <class Element, class Acc = Accumulator<Element>>
+bool is_poisoned(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
+                 const KeyBlock& keys) {
+  bool found = false;
+  for_steps(keys, 1,
+            [&](int64_t, int64_t count, int64_t key, int64_t) __attribute__((always_inline)) {
+              const Element* v = element_of<Element>(p.v, batch, key, head_kv);
+              found |= has_non_finite<Acc>(count, p.head_dim_v, v, keys.apart * p.v.seqlen);
+            });
+  return found;
+}
+
+// One block of keys of few rows, for all KV heads of the task.
+template <class Element, class Acc = Accumulator<Element>>
+void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_head, int64_t heads,
+                     const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& all) {
+  for_steps(keys, heads,
+            [&](int64_t c, int64_t count, int64_t key, int64_t h) __attribute__((always_inline)) {
+              const ForwardScratch<Element> t = all.head(h);
+              tile_dot(rows, count, p.head_dim, t.q, t.q_row,
+                       element_of<Element>(p.k, batch, key, first_head + h),
+                       keys.apart * p.k.seqlen, t.s + c, t.s_row);
+            });
+  bool hides = false;
+  for (int64_t h = 0; h < heads; ++h) {
+    hides |= softmax_block<Element>(p, batch, keys, rows, all.head(h));
+  }
+  uint64_t done = 0;  // a bit for each head
+  for (int64_t h = 0; hides && h < heads; ++h) {
+    if (!is_poisoned<Element>(p, batch, first_head + h, keys)) continue;
+    const ForwardScratch<Element> t = all.head(h);
+    accumulate_visible(p, batch, keys, kStepRows, rows, t.rows, t.s, t.s_row,
+                       element_of<Element>(p.v, batch, keys.first, first_head + h), t.acc_o,
+                       t.o_row);
+    done |= uint64_t{1} << h;
+  }
+  for_steps(keys, heads,
+            [&](int64_t c, int64_t count, int64_t key, int64_t h) __attribute__((always_inline)) {
+              if (done >> h & 1) return;
+              const ForwardScratch<Element> t = all.head(h);
+              tile_gemm_direct(rows, p.head_dim_v, count, t.s + c, t.s_row,
+                               element_of<Element>(p.v, batch, key, first_head + h),
+                               keys.apart * p.v.seqlen, t.acc_o, t.o_row);
+            });
 }
 
 template <class Acc, class Out>
@@ -296,6 +325,25 @@ void finish_rows(const AttentionFwdParams& p, int64_t batch, int64_t split, int6
   }
 }
 
+// attend(keys) for the blocks of a task's range.
+template <class Attend>
+FIL_INLINE void for_blocks(const CpuForwardPlan& plan, const Visibility& visibility,
+                           const KeyRange& range, const Attend& attend) {
+  if (range.empty()) return;  // no block is read for rows without keys
+  const int64_t block_n = plan.tile.block_n;
+  int64_t key = range.begin;
+  if (plan.pack) {
+    key -= (range.begin - visibility.kv_begin) % block_n;
+  } else {
+    const int64_t length = (range.end - range.begin) / kStepRows, steps = block_n / kStepRows;
+    for (int64_t i = 0; length >= steps && i < length; i += steps) {
+      attend(KeyBlock{range.begin + i, min_of(steps, length - i) * kStepRows, length, 1});
+      key = range.begin + length * kStepRows;
+    }
+  }
+  for (; key < range.end; key += block_n) attend(KeyBlock{key, min_of(block_n, range.end - key)});
+}
+
 template <class Element>
 int64_t attention_fwd_tasks(const AttentionFwdParams& p) {
   const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
@@ -339,16 +387,13 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     range.begin = max_of(range.begin, split_begin);
     range.end = min_of(range.end, split_begin + p.keys_per_split);
   }
-  const int64_t skipped = (range.begin - visibility.kv_begin) / block_n * block_n;
-  const int64_t end = range.empty() ? 0 : range.end;  // no block is read for rows without keys
-  for (int64_t key = visibility.kv_begin + skipped; key < end; key += block_n) {
-    const KeyBlock keys{key, min_of(block_n, range.end - key)};
-    const int64_t next_count = min_of(block_n, range.end - key - keys.count);
-    for (int64_t h = 0; h < heads; ++h) {
-      const auto fetch = fetch_of<Element>(p, batch, first_head, h, heads, keys, next_count);
-      attend_block<Element>(p, batch, first_head + h, keys, fetch, rows, t.head(h));
+  for_blocks(t.plan, visibility, range, [&](const KeyBlock& keys) __attribute__((always_inline)) {
+    if (t.plan.pack) {
+      attend_packed<Element>(p, batch, first_head, keys, rows, t);
+    } else {
+      attend_in_place<Element>(p, batch, first_head, heads, keys, rows, t);
     }
-  }
+  });
   for (int64_t h = 0; h < heads; ++h) finish_rows<Element>(p, batch, split, rows, t.head(h));
 }
 

@@ -16,10 +16,19 @@ struct Row {
   KeyRange visible;
 };
 
-// Keys [first, first + count) of the tile at hand.
+// Keys of the tile at hand, in steps of kStepRows: side by side, or one of each of as many streams.
 struct KeyBlock {
   int64_t first;
   int64_t count;
+  int64_t apart = 1;         // keys from one stream to the next; a multiple of steps if streamed
+  int64_t step = kStepRows;  // keys from one step to the next
+
+  FIL_INLINE int64_t at(int64_t c) const {
+    return first + c % kStepRows * apart + c / kStepRows * step;
+  }
+  FIL_INLINE bool within(const KeyRange& range) const {
+    return range.begin <= first && at(count - 1) < range.end;
+  }
 };
 
 FIL_INLINE void describe_rows(const AttentionParams& p, const Visibility& visibility,
@@ -59,29 +68,47 @@ FIL_INLINE Acc bias_log2(double x) {
 }
 
 template <class Acc, class M>
-FIL_INLINE void load_bias(const M* p, int64_t stride, int64_t count, Acc* bias) {
-  for (int64_t c = 0; c < count; ++c) bias[c] = bias_log2<Acc>(to_float(p[c * stride]));
+FIL_INLINE void load_bias(const M* p, int64_t stride, int64_t count, Acc* bias, int64_t every) {
+  for (int64_t c = 0; c < count; ++c) bias[c * every] = bias_log2<Acc>(to_float(p[c * stride]));
 }
 
-// bias[count] <- the mask as an addend in log2 units, -inf where it hides the key.
+// bias[count] <- the mask as an addend in log2 units, -inf where it hides the key. The elements lie
+// `stride` apart in the mask and `every` in bias.
 template <class Acc>
-FIL_INLINE void load_mask(const MaskView& m, int64_t offset, int64_t count, Acc* bias) {
+FIL_INLINE void load_mask(const MaskView& m, int64_t offset, int64_t stride, int64_t count,
+                          Acc* bias, int64_t every) {
   switch (m.type) {
     case MaskType::kNone:
       return;
     case MaskType::kBool: {
       const uint8_t* p = static_cast<const uint8_t*>(m.data) + offset;
-      for (int64_t c = 0; c < count; ++c) bias[c] = p[c * m.col] ? Acc(0) : Acc(-__builtin_inf());
+      for (int64_t c = 0; c < count; ++c) {
+        bias[c * every] = p[c * stride] ? Acc(0) : Acc(-__builtin_inf());
+      }
       return;
     }
     case MaskType::kFloat64:
-      return load_bias(static_cast<const double*>(m.data) + offset, m.col, count, bias);
+      return load_bias(static_cast<const double*>(m.data) + offset, stride, count, bias, every);
     case MaskType::kFloat32:
-      return load_bias(static_cast<const float*>(m.data) + offset, m.col, count, bias);
+      return load_bias(static_cast<const float*>(m.data) + offset, stride, count, bias, every);
     case MaskType::kBFloat16:
-      return load_bias(static_cast<const BFloat16*>(m.data) + offset, m.col, count, bias);
+      return load_bias(static_cast<const BFloat16*>(m.data) + offset, stride, count, bias, every);
     case MaskType::kFloat16:
-      return load_bias(static_cast<const Float16*>(m.data) + offset, m.col, count, bias);
+      return load_bias(static_cast<const Float16*>(m.data) + offset, stride, count, bias, every);
+  }
+}
+
+// One row of the mask for the keys of a block.
+template <class Acc>
+FIL_INLINE void load_mask_row(const MaskView& m, int64_t batch, const Row& row,
+                              const KeyBlock& keys, Acc* bias) {
+  if (keys.apart == 1) {
+    load_mask(m, mask_offset(m, batch, row, keys.first), m.col, keys.count, bias, 1);
+    return;
+  }
+  for (int64_t stream = 0; stream < kStepRows; ++stream) {
+    load_mask(m, mask_offset(m, batch, row, keys.at(stream)), m.col * keys.step,
+              keys.count / kStepRows, bias + stream, kStepRows);
   }
 }
 
@@ -91,7 +118,7 @@ FIL_INLINE void load_mask(const MaskView& m, int64_t offset, int64_t count, Acc*
 // Returns whether a key of the block is hidden from this row.
 template <class Acc>
 FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row& row,
-                              KeyBlock keys, Acc* s, Acc* bias, bool bias_is_loaded,
+                              const KeyBlock& keys, Acc* s, Acc* bias, bool bias_is_loaded,
                               Acc* softcap_slope) {
   constexpr int width = kWidth<Acc>;
   const Acc minus_inf = Acc(-__builtin_inf());
@@ -112,7 +139,7 @@ FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row
 
   if (p.mask.type != MaskType::kNone) {
     if (!bias_is_loaded) {
-      load_mask(p.mask, mask_offset(p.mask, batch, row, keys.first), keys.count, bias);
+      load_mask_row(p.mask, batch, row, keys, bias);
       for (int64_t c = keys.count; c < padded; ++c) bias[c] = minus_inf;
     }
     // Selected, not added: a hidden key's score may be NaN.
@@ -123,11 +150,13 @@ FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row
     for (int64_t c = 0; c < keys.count; ++c) hides |= bias[c] == minus_inf;
   }
 
-  const int64_t begin = min_of(max_of<int64_t>(row.visible.begin - keys.first, 0), keys.count);
-  const int64_t end = max_of(min_of(row.visible.end - keys.first, keys.count), begin);
-  for (int64_t c = 0; c < begin; ++c) s[c] = minus_inf;
-  for (int64_t c = end; c < padded; ++c) s[c] = minus_inf;
-  return hides || begin > 0 || end < keys.count;
+  for (int64_t c = keys.count; c < padded; ++c) s[c] = minus_inf;
+  if (keys.within(row.visible)) return hides;
+  for (int64_t c = 0; c < keys.count; ++c) {
+    const int64_t key = keys.at(c);
+    if (key < row.visible.begin || key >= row.visible.end) s[c] = minus_inf;
+  }
+  return true;
 }
 
 // Whether the row sees the key: the slow, exact question behind finish_scores.
@@ -135,7 +164,7 @@ FIL_INLINE bool sees(const AttentionParams& p, int64_t batch, const Row& row, in
   if (key < row.visible.begin || key >= row.visible.end) return false;
   if (p.mask.type == MaskType::kNone) return true;
   double bias = 0;
-  load_mask(p.mask, mask_offset(p.mask, batch, row, key), 1, &bias);
+  load_mask(p.mask, mask_offset(p.mask, batch, row, key), 1, 1, &bias, 1);
   return bias != -__builtin_inf();
 }
 
