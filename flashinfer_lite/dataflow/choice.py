@@ -21,7 +21,7 @@ DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] =
     # shapes are of an earlier and slower build of the kernels, which had not met torch there yet.
     "cpu": {
         torch.float32: {
-            (192, 576): (4, 30),
+            (192, 576): (4, 32),
             (576, 576): (0, 32),
             (576, 1536): (4, 18),
             (1536, 576): (1, 32),
