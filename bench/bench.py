@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # built but not installed works too
 
 import torch  # noqa: E402
+from goals import verdicts  # noqa: E402
 from shapes import DEFAULTS, GPU_DEFAULTS, OPS, Shape, parse  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -255,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     if warning := busy():
         warnings.append(warning)
         print(f"\nWARNING: {warning}")
+    if machine.peers == "cpu" and (table := verdicts(rows, machine.last_level_bytes)):
+        print("\n" + "\n".join(table))
     header |= {"limits": limits, "command": sys.argv, "warnings": warnings, "time": time.time()}
     write(args.output, header | {"wrong": wrong, "left_out": left_out}, rows)
     from picture import draw

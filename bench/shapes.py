@@ -64,6 +64,7 @@ DEFAULTS = {
         "llama3-8b@16384",
         "qwen2-7b@4096x4",
         "qwen3-0.6b@4096",
+        "qwen3-30b@8192",
         "gpt2@1024",
     ),
     "overhead": ("smollm2-135m@16",),

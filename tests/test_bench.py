@@ -211,3 +211,30 @@ def test_no_shape_is_begun_after_the_time(bench, device, tmp_path, capsys):
 def test_without_a_gpu_one_line_says_so(bench, device, capsys):
     assert bench("bench").main(["--device", "cuda"]) == 2
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_verdicts(bench, device):
+    """By the slowest shape of each kind, ours in its faster layout; no rows, nothing said."""
+
+    def row(op, shape, dtype, impl, ratio, roofline=0.9, causal=False):
+        ours = {"op": op, "shape": shape, "dtype": dtype, "impl": impl, "x_sdpa": ratio}
+        return ours | {"roofline": roofline, "bytes": 1 << 30, "causal": causal}
+
+    rows = [
+        row("attention", "gpt2@1024", "bfloat16", "ours", 1.6, causal=True),
+        row("attention", "smollm2-135m@2048", "bfloat16", "ours", 1.4, causal=True),
+        row("attention", "gpt2@1024", "bfloat16", "ours", 1.5),
+        row("attention", "gpt2@1024", "bfloat16", "sdpa", 1.0),
+        row("decode", "llama3-8b@4096", "bfloat16", "ours", 1.9, 0.5),
+        row("decode", "llama3-8b@4096", "bfloat16", "ours-bhsd", 2.1, 0.7),
+        row("decode", "gpt2@1024", "bfloat16", "ours", None),
+    ]
+    table = bench("goals").verdicts(rows, 1 << 20)
+    found = {line[2:36].strip(): line[36:].split() for line in table[2:-1]}
+    assert found == {
+        "prefill bf16, causal": ["1.5x", "1.40x", "1.50x", "MISSED", "by", "smollm2-135m@2048"],
+        "prefill bf16, full": ["1.5x", "1.50x", "1.50x", "met"],
+        "decode bf16, groups of 2 to 7": ["2.0x", "2.10x", "2.10x", "met"],
+    }
+    assert table[-1] == "  decode llama3-8b@4096 bfloat16: 70 % of the roofline"
+    assert bench("goals").verdicts([], 1 << 20) == []

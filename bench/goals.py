@@ -1,0 +1,92 @@
+"""What the CPU half is to reach against SDPA at its best, and whether a run's rows reach it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shapes import parse
+
+SHARE_OF_READING = 0.8  # of a decode whose K and V do not fit the caches
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Every shape that `matches` is to be `wanted` times as fast as the fastest SDPA."""
+
+    work: str
+    matches: Callable[[dict], bool]
+    wanted: float
+
+
+def _is(op: str, dtype: str | None = None, causal: bool | None = None) -> Callable[[dict], bool]:
+    def matches(row: dict) -> bool:
+        return (
+            row["op"] == op
+            and dtype in (None, row["dtype"])
+            and (op != "attention" or causal in (None, row["causal"]))
+        )
+
+    return matches
+
+
+def _decode(groups: range) -> Callable[[dict], bool]:
+    def matches(row: dict) -> bool:
+        return (
+            row["op"] == "decode"
+            and row["dtype"] == "bfloat16"
+            and parse(row["shape"], "decode").group_size in groups
+        )
+
+    return matches
+
+
+GOALS = (
+    Goal("prefill bf16, causal", _is("attention", "bfloat16", True), 1.5),
+    Goal("prefill bf16, full", _is("attention", "bfloat16", False), 1.5),
+    Goal("prefill fp32", _is("attention", "float32"), 1.1),
+    Goal("backward bf16", _is("attention_bwd", "bfloat16"), 1.5),
+    Goal("backward fp32", _is("attention_bwd", "float32"), 1.1),
+    Goal("decode bf16, no groups", _decode(range(1, 2)), 1.2),
+    Goal("decode bf16, groups of 2 to 7", _decode(range(2, 8)), 2.0),
+    Goal("decode bf16, groups of 8 and more", _decode(range(8, 1000)), 3.0),
+    Goal("a call of 16 keys", _is("overhead"), 1.0),
+)
+
+
+def best_of_ours(rows: list[dict]) -> list[dict]:
+    """One row for each shape, dtype and mask: ours in its faster layout, as SDPA is in its."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        if row["impl"].startswith("ours") and row["x_sdpa"]:
+            key = row["op"], row["shape"], row["causal"], row["dtype"]
+            if key not in best or row["x_sdpa"] > best[key]["x_sdpa"]:
+                best[key] = row
+    return list(best.values())
+
+
+def verdicts(rows: list[dict], last_level_bytes: int) -> list[str]:
+    """The lines of the table: the goals that `rows` say something about, met or by which shape
+    missed; then the decodes that read at less than SHARE_OF_READING of the memory's speed."""
+    best, lines = best_of_ours(rows), []
+    for goal in GOALS:
+        found = [row for row in best if goal.matches(row)]
+        if not found:
+            continue
+        ratios = [row["x_sdpa"] for row in found]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        least = min(found, key=lambda row: row["x_sdpa"])
+        verdict = "met" if min(ratios) >= goal.wanted else f"MISSED by {least['shape']}"
+        lines.append(
+            f"  {goal.work:34} {goal.wanted:5.1f}x {min(ratios):7.2f}x {mean:7.2f}x  {verdict}"
+        )
+    if not lines:
+        return []
+    head = f"  {'':34} {'wanted':>6} {'least':>8} {'mean':>8}"
+    for row in best:
+        large = row["op"] == "decode" and row["bytes"] > last_level_bytes
+        if large and row["roofline"] < SHARE_OF_READING:
+            share = f"{100 * row['roofline']:.0f} % of the roofline"
+            lines.append(f"  decode {row['shape']} {row['dtype']}: {share}")
+    return ["against the fastest sdpa, ours in the faster of its layouts", head, *lines]
