@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.autograd import forward_ad
 
 from flashinfer_lite import _ops
 
@@ -221,3 +222,25 @@ def no_cuda_backward(*tensors):
                 "attention_bwd: no CUDA kernel yet; for inference use torch.no_grad(), to train "
                 "impl='reference', or the CPU"
             )
+
+
+def no_forward_ad(op, otherwise, **tensors):
+    """Refuse tangents, which the op would drop without a word; `otherwise` ends the text."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in tensors.items():
+        if x is not None and _has_tangent(x):
+            raise NotImplementedError(
+                f"{name}: expected a tensor without a tangent, got one: {op} has no "
+                f"forward-mode AD (torch.autograd.forward_ad, torch.func.jvp){otherwise}"
+            )
+
+
+def _has_tangent(x):
+    """Whether x is a dual tensor, under whatever transforms of torch.func it is wrapped in."""
+    wrappers = torch._C._functorch
+    while wrappers.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is None:
+        if not wrappers.is_functorch_wrapped_tensor(x):
+            return False
+        x = wrappers.get_unwrapped(x)
+    return True

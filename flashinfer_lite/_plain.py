@@ -1,11 +1,13 @@
 """A short way for plain calls. The ops check shapes and values themselves, so that `_check` has to
 run only where an op refuses, to name what is wrong by its Python argument and error type.
 
-What Python alone can see keeps a call from being plain: types, autocast, gradients, and tracing,
-where fake kernels check nothing.
+What Python alone can see keeps a call from being plain: types, autocast, gradients in either mode,
+the transforms of torch.func, and tracing, where fake kernels check nothing.
 """
 
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as in_a_transform
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 REFUSALS = (RuntimeError, IndexError, ZeroDivisionError)  # of the ops, and of q's head_dim
@@ -22,9 +24,11 @@ def call(op, q, k, v, causal, window, softmax_scale, softcap, kv_start, seqlens_
         or not type(window[0]) is type(window[1]) is int
         or (kv_start is not None and type(kv_start) is not Tensor)
         or (seqlens_kv is not None and type(seqlens_kv) is not Tensor)
-        or not (q.is_cpu or q.is_cuda)
+        or not ((on_cpu := q.is_cpu) or q.is_cuda)
         or (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or is_autocast_enabled("cpu" if q.is_cpu else "cuda")
+        or forward_ad._current_level >= 0
+        or in_a_transform()
+        or is_autocast_enabled("cpu" if on_cpu else "cuda")
         or is_compiling()
     ):
         return None

@@ -78,8 +78,9 @@ def attention(
         RuntimeError: for values only the kernel reads (kv_start, seqlens_kv). On CUDA they are
             clamped instead, because a check would wait for the device; the environment variable
             FLASHINFER_LITE_CHECK=1 asks for it.
-        NotImplementedError: for arguments that have not landed, and for CUDA tensors that require
-            grad: the backward has no CUDA kernel yet.
+        NotImplementedError: for arguments that have not landed, for CUDA tensors that require grad
+            (the backward has no CUDA kernel yet), and for tensors that carry a tangent of
+            forward-mode AD, which impl="reference" has.
 
     Limits on CUDA: compute capability 8.0 or higher, no float64, no gradients, and less than 2^30
     keys and less than 2^30 rows (queries times the heads of a group) per KV head. A device or a
@@ -112,6 +113,8 @@ def attention(
         out, lse = run_reference(arguments)
     else:
         _check.no_cuda_backward(*arguments[:4])
+        tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True))
+        _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
         out, lse = _ops.attention_fwd(*arguments, *phi)
     return (out, lse) if return_lse else out
 

@@ -135,6 +135,8 @@ def check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out):
                     f"{name}: decode is for inference and got a tensor that requires grad; "
                     "use attention to train, or torch.no_grad()"
                 )
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
+    _check.no_forward_ad("decode", "; reference.attention has", **tensors)
     if out is not None:
         _check_out(out, q, v_cache)
 
@@ -199,6 +201,7 @@ def merge_states(outs, lses):
             f"outs: expected the last dimension contiguous (stride 1), got stride {outs.stride(-1)}"
         )
     _check.native("outs", outs, "; flashinfer_lite.reference.merge_states runs there")
+    _check.no_forward_ad("merge_states", "; reference.merge_states has", outs=outs, lses=lses)
     return _ops.merge_states(outs, lses)
 
 

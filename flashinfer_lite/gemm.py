@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from flashinfer_lite import _check, _ops, reference
 from flashinfer_lite.dataflow.choice import choose
@@ -97,6 +98,7 @@ def _is_plain(x, weight, bias):
         and x.is_contiguous()
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and _ops.built
         and (bias is None or _is_plain_bias(bias, weight))
@@ -200,6 +202,8 @@ def _check_inputs(x, weight, bias):
                     f"{name}: flat_linear is for inference and got a tensor that requires grad; "
                     "use torch.nn.functional.linear to train, or torch.no_grad()"
                 )
+    otherwise = "; torch.nn.functional.linear has"
+    _check.no_forward_ad("flat_linear", otherwise, x=x, weight=weight, bias=bias)
 
 
 def _check_like_x(name, t, dtype, device):

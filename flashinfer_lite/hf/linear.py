@@ -3,6 +3,7 @@ modules: weights, hooks, tied parameters and state_dict stay where they are."""
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from flashinfer_lite import cuda_status, gemm
 
@@ -40,7 +41,7 @@ class FlatLinear(nn.Linear):
 
 def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     dtype = x.dtype
-    if dtype is not weight.dtype or x.stride(-1) != 1:
+    if dtype is not weight.dtype or x.stride(-1) != 1 or forward_ad._current_level >= 0:
         return False
     # Autocast keeps its casts of nn.Linear's weights; here they would be made at every call.
     if x.is_cpu:
