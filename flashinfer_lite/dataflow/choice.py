@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import get_num_threads
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashinfer_lite.dataflow.table import Table, TableError, device_key
 
@@ -208,12 +209,19 @@ def thresholds(device_type: str, dtype: torch.dtype, n: int, k: int) -> tuple[in
     return _thresholds(device_type, dtype, n, k, _threads(device_type))[0]
 
 
+# Called while dynamo traces, not traced: torch 2.11 would answer True to every torch.compile.
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
     """The kernel for x [M, K] times weight [N, K], transposed: the heuristic dataflow of
     FlashDecoding++ (arXiv 2311.01282, section 5).
 
     A look-up: no tensor, no allocation that lasts, and under torch.compile a constant for each
-    [N, K] and at most two comparisons of M.
+    [N, K] and at most two comparisons of M. torch.export does not compare: a dynamic M takes the
+    first kernel that M cannot be too large for, in the range given.
 
     Args:
         device_type: "cpu" or "cuda"; of another one the vendor's kernel is the answer.
@@ -229,9 +237,11 @@ def choose(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
     """
     # index makes a number of what dynamo traces as a symbol: weights may be dynamic there.
     last_gemv, last_flat = thresholds(device_type, dtype, index(n), index(k))
-    if m <= last_gemv:
+    # An exported graph holds one kernel, which must suit each M of the range that was asked for.
+    holds = statically_known_true if _exporting() else bool
+    if holds(m <= last_gemv):
         return "gemv"
-    return "flat_gemm" if m <= last_flat else "vendor"
+    return "flat_gemm" if holds(m <= last_flat) else "vendor"
 
 
 def explain_choice(device_type: str, dtype: torch.dtype, n: int, k: int, m: int) -> str:
