@@ -13,10 +13,10 @@ NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -nam
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass static demo fdpp bench lint format
-.PHONY: asan wheel clean
+.PHONY: asan wheel wheel-check clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv:  # create or update .venv; returns at once when its inputs have not changed
 	@command -v $(PYTHON) >/dev/null || { echo "flashinfer_lite: $(PYTHON) not found: sudo apt install python3 python3-venv python3-dev"; exit 1; }
@@ -88,6 +88,9 @@ asan: venv  ## the hostile calls under AddressSanitizer and UBSan
 
 sanitize: build  ## the GPU tests under compute-sanitizer: memcheck, racecheck, synccheck
 	$(BIN)/python scripts/test_gpu.py --stage sanitizer $(ARGS)
+
+wheel-check: venv  ## build the wheel, try it with each Python and torch that can be had here
+	$(BIN)/python scripts/check_wheel.py $(ARGS)
 
 wheel: venv  ## one wheel for every Python >= 3.10, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
