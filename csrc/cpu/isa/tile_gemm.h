@@ -90,18 +90,43 @@ FIL_INLINE RightOperand<Acc> row_major(const Acc* b, int64_t b_row) {
   return {b, b_row, kPanel<Acc>};
 }
 
+// What a row block of a product needs of a side: [begin, end).
+struct Part {
+  int64_t begin;
+  int64_t end;
+};
+
+// Every row block needs all of it.
+struct Whole {
+  int64_t size;
+  FIL_INLINE Part operator()(int64_t) const { return {0, size}; }
+};
+
 // C[rows, cols] (+)= A[rows, depth] B[depth, cols]. A's strides are free, so a transposed A costs
-// nothing. C's rows must have room for whole panels.
-template <class Acc>
-void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
-               int64_t a_col, RightOperand<Acc> b, Acc* c, int64_t c_row, bool accumulate) {
+// nothing. C's rows must have room for whole panels. cols_of(row) and depth_of(row) say what the
+// kTileRows rows from `row` on need: other panels of C are left as they are, and other terms are
+// zero.
+template <class Acc, class ColsOf, class DepthOf>
+FIL_INLINE void tile_gemm_parts(int64_t rows, int64_t cols, const Acc* a, int64_t a_row,
+                                int64_t a_col, RightOperand<Acc> b, Acc* c, int64_t c_row,
+                                bool accumulate, const ColsOf& cols_of, const DepthOf& depth_of) {
   for (int64_t col = 0; col < cols; col += kPanel<Acc>) {
     const Acc* panel = b.data + col / kPanel<Acc> * b.panel;
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      panel_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), depth, a + row * a_row, a_row,
-                            a_col, panel, b.row, c + row * c_row + col, c_row, accumulate);
+      const Part wanted = cols_of(row), depth = depth_of(row);
+      if (col >= wanted.end || col + kPanel<Acc> <= wanted.begin) continue;
+      panel_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), depth.end - depth.begin,
+                            a + row * a_row + depth.begin * a_col, a_row, a_col,
+                            panel + depth.begin * b.row, b.row, c + row * c_row + col, c_row,
+                            accumulate);
     }
   }
+}
+
+template <class Acc>
+void tile_gemm(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
+               int64_t a_col, RightOperand<Acc> b, Acc* c, int64_t c_row, bool accumulate) {
+  tile_gemm_parts(rows, cols, a, a_row, a_col, b, c, c_row, accumulate, Whole{cols}, Whole{depth});
 }
 
 // Rows of B per step of the products that read it in place: they stay in the first-level cache for

@@ -150,17 +150,34 @@ void accumulate_visible(const AttentionParams& p, int64_t batch, const KeyBlock&
   }
 }
 
-// The scores of a block become probabilities. Returns whether a row does not see every key.
-template <class Element, class Acc = Accumulator<Element>>
+// Columns of a block that one of kTileRows rows from `row` on sees; queries ascend with the rows.
+FIL_INLINE Part visible_part(const Row* rows, int64_t row, int64_t count, const KeyBlock& keys) {
+  const Row &first = rows[row], &last = rows[min_of<int64_t>(row + kTileRows, count) - 1];
+  const int64_t begin = min_of(max_of<int64_t>(first.visible.begin - keys.first, 0), keys.count);
+  return {begin, max_of(min_of(last.visible.end - keys.first, keys.count), begin)};
+}
+
+// The scores of a block, of the keys in part_of(row), become probabilities. Returns whether a row
+// does not see every one of them.
+template <class Element, class PartOf, class Acc = Accumulator<Element>>
 bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys, int64_t rows,
-                   const ForwardScratch<Element>& t) {
-  const int64_t padded = round_up(keys.count, kWidth<Acc>);
+                   const ForwardScratch<Element>& t, const PartOf& part_of) {
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool hides = false;
+  Part loaded{-1, -1};  // of the mask
   for (int64_t r = 0; r < rows; ++r) {
-    Acc* s = t.s + r * t.s_row;
-    hides |=
-        finish_scores<Acc>(p, batch, t.rows[r], keys, s, t.bias, mask_is_shared && r > 0, nullptr);
+    const Part part = part_of(r);
+    const int64_t skipped = part.begin / kWidth<Acc> * kWidth<Acc>;  // whole vectors
+    if (part.begin == part.end) continue;
+    KeyBlock seen = keys;
+    seen.first += skipped;  // a part of a block whose keys lie side by side, or all of it
+    seen.count = part.end - skipped;
+    const bool bias_is_loaded =
+        mask_is_shared && loaded.begin == part.begin && loaded.end == part.end;
+    loaded = part;
+    Acc* s = t.s + r * t.s_row + skipped;
+    hides |= finish_scores<Acc>(p, batch, t.rows[r], seen, s, t.bias, bias_is_loaded, nullptr);
+    const int64_t padded = round_up(seen.count, kWidth<Acc>);
     if (p.unified) {
       unified_step(s, padded, t.phi[r], t.row_max[r], t.row_sum[r]);
     } else {
@@ -170,23 +187,27 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
   return hides;
 }
 
-// One block of keys of many rows.
+// One block of keys of many rows. Where causal or window hide a corner of it, the products leave
+// that out: what is skipped of S becomes -inf, and P is 0 there.
 template <class Element, class Acc = Accumulator<Element>>
 void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
                    const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& t) {
   const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
   const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
+  const auto visible = [&](int64_t row) __attribute__((always_inline)) {
+    return visible_part(t.rows, row / kTileRows * kTileRows, rows, keys);
+  };
   pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
-  tile_gemm(rows, keys.count, p.head_dim, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s,
-            t.s_row, false);
-  const bool hides = softmax_block<Element>(p, batch, keys, rows, t);
+  tile_gemm_parts(rows, keys.count, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s, t.s_row,
+                  false, visible, Whole{p.head_dim});
+  const bool hides = softmax_block<Element>(p, batch, keys, rows, t, visible);
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
     accumulate_visible(p, batch, keys, keys.count, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
     return;
   }
   pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
-  tile_gemm(rows, p.head_dim_v, keys.count, t.s, t.s_row, 1, packed(t.v_panels, keys.count),
-            t.acc_o, t.o_row, true);
+  tile_gemm_parts(rows, p.head_dim_v, t.s, t.s_row, 1, packed(t.v_panels, keys.count), t.acc_o,
+                  t.o_row, true, Whole{p.head_dim_v}, visible);
 }
 
 // run(first, count, key, head) for the steps of a block and, in each, for all heads.
@@ -223,7 +244,7 @@ void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_h
             });
   bool hides = false;
   for (int64_t h = 0; h < heads; ++h) {
-    hides |= softmax_block<Element>(p, batch, keys, rows, all.head(h));
+    hides |= softmax_block<Element>(p, batch, keys, rows, all.head(h), Whole{keys.count});
   }
   uint64_t done = 0;  // a bit for each head
   for (int64_t h = 0; hides && h < heads; ++h) {
