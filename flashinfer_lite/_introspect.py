@@ -29,6 +29,9 @@ KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan 
 # Rows of x by rows of the weight, both at most, of a block on the CPU.
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
+# Levels with kernels of their own for a forward of many rows in bfloat16, and what runs the rest.
+LEVEL_BELOW = {"amx": "avx512", "amx-emulated": "avx2"}
+MIN_PACKED_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def _explain_flat_linear(*args, **kwargs):
     if x.device.type != "cpu":
         return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
     isa, levels = _levels(x.device)
+    isa = LEVEL_BELOW.get(isa, isa)
     tiles = FLAT_TILES_AVX512 if isa == "avx512" else FLAT_TILES
     return Explanation(f"flat_linear {chosen} cpu {isa}", tiles[chosen], 1, rejected | levels)
 
@@ -153,7 +157,7 @@ def _levels(device):
     """The CPU level in force, and why not the others."""
     isa = _ops.cpu_isa()
     rejected = {"cuda": f"inputs are on {device}; {_ops.cuda_status}"}
-    for level in ("avx512", "avx2", "baseline"):
+    for level in ("amx", "avx512", "avx2", "baseline"):
         if level not in _ops.cpu_isas():
             rejected[f"cpu {level}"] = "not on this processor"
         elif level != isa:
@@ -166,10 +170,14 @@ def _explain_cpu(name, q, k, v, longest, splits, invariant):
         q, k, v, KERNELS[name], longest, splits, invariant
     ).tolist()
     isa, rejected = _levels(q.device)
+    if isa in LEVEL_BELOW and (q.dtype != torch.bfloat16 or block_m < MIN_PACKED_ROWS):
+        rejected[f"cpu {isa}"] = f"only {MIN_PACKED_ROWS} rows or more in bfloat16 run there"
+        isa = LEVEL_BELOW[isa]
+        rejected.pop(f"cpu {isa}", None)
     if isa == "avx512" and q.dtype == torch.float64:
         isa = "avx2"
         rejected["cpu avx512"] = "float64 runs at the avx2 level"
-        rejected.pop("cpu avx2")
+        rejected.pop("cpu avx2", None)
     return Explanation(f"{name} cpu {isa}", (block_m, block_n), kv_splits, rejected)
 
 

@@ -34,7 +34,7 @@ SCHEMAS = {
     "plan": "(Tensor q, Tensor k, Tensor v, str kernel, int longest, int kv_splits, "
     "bool batch_invariant) -> Tensor",
     "cpu_isa": "(str? name=None) -> str",
-    "cpu_isas": "() -> str",
+    "cpu_isas": "(bool with_tests=False) -> str",
     "stats": "(bool reset=False) -> Tensor",
     # Of the CUDA half, whose absence leaves them without a kernel.
     "cuda_version_error": "() -> str",
@@ -103,13 +103,14 @@ def cuda_instances() -> list[str]:
 
 
 def cpu_isa() -> str:
-    """The CPU level in force: baseline, avx2 or avx512."""
+    """The CPU level in force: baseline, avx2, avx512 or amx."""
     return _namespace.cpu_isa.default()
 
 
-def cpu_isas() -> list[str]:
-    """The CPU levels that are compiled in and that this processor has, ascending."""
-    return _namespace.cpu_isas.default().split()
+def cpu_isas(with_tests: bool = False) -> list[str]:
+    """The CPU levels that are compiled in and that this processor has, ascending; behind them, if
+    asked for, those that are there for tests alone."""
+    return _namespace.cpu_isas.default(with_tests).split()
 
 
 def set_cpu_isa(name: str | None) -> None:

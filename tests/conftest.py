@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import flashinfer_lite
-from flashinfer_lite.testing import ALL_LEVELS, force_isa, isa_levels
+from flashinfer_lite.testing import ALL_LEVELS, EMULATED, force_isa, isa_levels
 
 # The same examples in every run, here as in CI; `--hypothesis-profile=explore` looks elsewhere.
 _COMMON = {"deadline": None, "print_blob": True}
@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("fixed")
 pytest_plugins = ["cuda_coverage"]
 
 NO_FLOAT64 = "CUDA kernels refuse float64 by name"
+NOT_EMULATED = f"{EMULATED} has kernels of its own for a forward in bfloat16 alone"
 MARKERS = {
     "gradients": "needs a backward, and CUDA has none yet",
     "checks_values": "CUDA checks the values of lengths under FLASHINFER_LITE_CHECK=1 only",
@@ -58,7 +59,7 @@ def _levels(config):
     if _on_cuda(config):
         return ["cuda"]
     # Unbuilt: one level, whose tests then fail with the library's own message.
-    return isa_levels() if flashinfer_lite.built else ["baseline"]
+    return isa_levels(emulated=True) if flashinfer_lite.built else ["baseline"]
 
 
 def pytest_generate_tests(metafunc):
@@ -70,14 +71,16 @@ def _reason_not_to_run(item, on_cuda):
     """Why a test does not belong on this device, or None."""
     if marker := item.get_closest_marker("cpu_only" if on_cuda else "cuda_only"):
         return marker.args[0]
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if not on_cuda:
-        return None
+        other = parameters.get("dtype", torch.bfloat16) != torch.bfloat16
+        other |= item.get_closest_marker("gradients") is not None or "flat_linear" in item.nodeid
+        return NOT_EMULATED if other and parameters.get("isa") == EMULATED else None
     if item.get_closest_marker("gradients"):
         return MARKERS["gradients"]
     checked = os.environ.get("FLASHINFER_LITE_CHECK") == "1"
     if item.get_closest_marker("checks_values") and not checked:
         return MARKERS["checks_values"]
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return NO_FLOAT64 if parameters.get("dtype") == torch.float64 else None
 
 
@@ -160,12 +163,12 @@ def pytest_terminal_summary(terminalreporter, config):
     )
     levels = _levels(config)
     terminalreporter.section("flashinfer_lite")
-    for level in levels if _on_cuda(config) else ALL_LEVELS:
+    for level in levels if _on_cuda(config) else (*ALL_LEVELS, EMULATED):
         if level in levels:
             line = f"{ran[level]} tests" if ran[level] else "present, no test selected"
         else:
             line = "skipped: not compiled in, or not on this processor"
-        terminalreporter.write_line(f"ISA {level:9} {line}")
+        terminalreporter.write_line(f"ISA {level:12} {line}")
     seed, device = config.getoption("--seed"), config.getoption("--device")
     for reason, count in config.stash[NOT_HERE].most_common():
         terminalreporter.write_line(f"not on {device}: {count} tests: {reason}")

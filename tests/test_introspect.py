@@ -10,7 +10,7 @@ import torch
 
 import flashinfer_lite
 from flashinfer_lite import attention, decode, explain, stats
-from flashinfer_lite.testing import ALL_LEVELS, isa_levels, make_qkv
+from flashinfer_lite.testing import ALL_LEVELS, EMULATED, isa_levels, make_qkv
 
 LEVELS = "the levels are the CPU's"
 
@@ -38,7 +38,7 @@ def test_stats_count_calls(device):
 @pytest.mark.parametrize("name", ["attention", "decode"])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_explain_names_the_level_in_force(device, isa, name, by_name):
-    q, k, v = make_qkv(1, 3, 5, device=device)
+    q, k, v = make_qkv(1, 12, 12, dtype=torch.bfloat16, device=device)
     op = name if by_name else getattr(flashinfer_lite, name)
     calls = stats().calls
     chosen = explain(op, q, k, v, causal=True)
@@ -52,9 +52,14 @@ def test_explain_names_the_level_in_force(device, isa, name, by_name):
 
 
 @pytest.mark.cpu_only(LEVELS)
-def test_explain_float64_at_avx512(device, isa):
-    q, k, v = make_qkv(1, 3, 5, dtype=torch.float64, device=device)
-    assert ("avx2" if isa == "avx512" else isa) in explain(attention, q, k, v).kernel
+def test_explain_names_the_level_whose_code_runs(device, isa):
+    q, k, v = make_qkv(1, 12, 12, device=device)
+    below = {"amx": "avx512", EMULATED: "avx2"}.get(isa, isa)
+    for few in (q, q[:, :1].bfloat16()):
+        chosen = explain(attention, few, k.to(few.dtype), v.to(few.dtype))
+        assert chosen.kernel == f"attention cpu {below}"
+    below = "avx2" if below == "avx512" else below
+    assert explain(attention, q.double(), k.double(), v.double()).kernel.endswith(below)
 
 
 @pytest.mark.cpu_only("the threads are the CPU's")
@@ -145,6 +150,7 @@ def test_doctor_with_a_gpu_and_no_cuda_half(device):
 
 def test_doctor_and_environment_variable(device):
     assert "level baseline" in doctor(FLASHINFER_LITE_ISA="baseline").stdout
+    assert EMULATED not in doctor().stdout
     done = doctor(FLASHINFER_LITE_ISA="amx9000")
     assert done.returncode == 1
     assert "amx9000" in done.stdout and all(level in done.stdout for level in isa_levels())

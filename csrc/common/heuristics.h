@@ -29,11 +29,22 @@ struct CpuForwardProblem {
   int64_t head_dim_v;
   int64_t element_size;
   bool heads_side_by_side;  // in K and in V: a key's heads are one run, one head's keys lie apart
+  bool matrix_tiles;        // packed blocks are multiplied by a matrix unit
 };
+
+constexpr int64_t kMatrixRows = 32;  // rows that a matrix unit's kernel takes at a time
 
 inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
   // Below 12 rows a packed tile is not read often enough to pay for packing.
   const bool pack = p.rows >= 12;
+  if (pack && p.matrix_tiles) {
+    // Products are over so soon that packing wants many rows to pay for it, in row blocks of one
+    // size for the threads' sake. Only 32 rows of S exist at a time: with the rest in 16 bits and
+    // an fp32 accumulator, 256 x 128 at head_dim 128 is 0.28 MB.
+    const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 256));
+    const int64_t block_m = ceil_div(even, kMatrixRows) * kMatrixRows;
+    return {{std::min(p.rows, block_m), 128}, true, 1};
+  }
   // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
   // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
   // same bytes.

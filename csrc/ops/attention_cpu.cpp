@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   set_outputs(p, outputs);
   count_call();
   if (outputs.lse.numel() > 0) {
-    const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
+    const CpuForwardPlan plan = kernels.forward_plan(p);
     const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
     p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
                                           torch::stable::get_num_threads());

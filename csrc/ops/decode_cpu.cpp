@@ -53,7 +53,7 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   set_outputs(p, outputs);
   count_call();
   if (outputs.lse.numel() == 0) return;
-  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(args.q.element_size()));
+  const CpuForwardPlan plan = kernels.forward_plan(p);
   choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
   run_forward(args.q, kernels, p);
@@ -106,7 +106,7 @@ Tensor plan(const Tensor& q, const Tensor& k, const Tensor& v, std::string kerne
   AttentionFwdParams p;
   const bool is_decode = prepare_plan(p, q, k, v, kernel, longest, kv_splits, DeviceType::CPU);
   if (p.num_heads_kv == 0) return plan_result(0, 0, 1, -1);
-  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(q.element_size()));
+  const CpuForwardPlan plan = cpu_kernels(q.scalar_type()).forward_plan(p);
   if (is_decode) choose_splits(p, plan, longest, kv_splits, batch_invariant);
   return plan_result(plan.tile.block_m, plan.tile.block_n, p.kv_splits, -1);
 }

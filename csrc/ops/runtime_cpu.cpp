@@ -3,9 +3,9 @@
 namespace flashinfer_lite {
 namespace {
 
-std::string levels_present() {
+std::string levels_present(int count) {
   std::string text;
-  for (int i = 0; i < cpu::kNumLevels; ++i) {
+  for (int i = 0; i < count; ++i) {
     if (!cpu::table_of(static_cast<cpu::Level>(i))) continue;
     if (!text.empty()) text += ' ';
     text += cpu::kLevelNames[i];
@@ -15,10 +15,11 @@ std::string levels_present() {
 
 // Index of a level present by name. `source` is what the name came from.
 int level_named(const std::string& name, const char* source) {
-  for (int i = 0; i < cpu::kNumLevels; ++i) {
+  for (int i = 0; i < cpu::kNumLevelsWithTests; ++i) {
     if (name == cpu::kLevelNames[i] && cpu::table_of(static_cast<cpu::Level>(i))) return i;
   }
-  fail(source, ": expected one of the levels present (", levels_present(), "), got ", name);
+  fail(source, ": expected one of the levels present (", levels_present(cpu::kNumLevels), "), got ",
+       name);
 }
 
 int default_level() {
@@ -50,7 +51,10 @@ std::string cpu_isa(std::optional<std::string> name) {
   return cpu::kLevelNames[current_level()];
 }
 
-std::string cpu_isas() { return levels_present(); }
+// cpu_isas(with_tests=False) -> str: the levels present; with those that only tests ask for, too.
+std::string cpu_isas(bool with_tests) {
+  return levels_present(with_tests ? cpu::kNumLevelsWithTests : cpu::kNumLevels);
+}
 
 // stats(reset) -> int64 [calls, rows_checked, rows_recomputed].
 Tensor stats(bool reset) {

@@ -10,7 +10,7 @@ simt        the CUDA kernels on the executor (`make simt`)
 
 from flashinfer_lite.testing.check import check_backward, check_forward
 from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv
-from flashinfer_lite.testing.isa import ALL_LEVELS, current_isa, force_isa, isa_levels
+from flashinfer_lite.testing.isa import ALL_LEVELS, EMULATED, current_isa, force_isa, isa_levels
 from flashinfer_lite.testing.poison import Guarded, guarded
 from flashinfer_lite.testing.tolerance import (
     assert_close,
@@ -22,6 +22,7 @@ from flashinfer_lite.testing.tolerance import (
 
 __all__ = [
     "ALL_LEVELS",
+    "EMULATED",
     "LAYOUTS",
     "Guarded",
     "assert_close",

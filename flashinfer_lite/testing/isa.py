@@ -4,12 +4,14 @@ import contextlib
 
 from flashinfer_lite import _ops
 
-ALL_LEVELS = ("baseline", "avx2", "avx512")
+ALL_LEVELS = ("baseline", "avx2", "avx512", "amx")
+EMULATED = "amx-emulated"  # amx's kernels on tiles in software: for tests, never chosen by itself
 
 
-def isa_levels():
-    """The levels compiled in and present on this machine, slowest first."""
-    return list(_ops.cpu_isas())
+def isa_levels(emulated=False):
+    """The levels compiled in and present on this machine, slowest first; `emulated` adds the one
+    for tests alone."""
+    return list(_ops.cpu_isas(emulated))
 
 
 def current_isa():

@@ -59,9 +59,10 @@ struct AttentionParams {
   // group_size.
   constexpr int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
 
-  CpuForwardProblem cpu_problem(int64_t element_size) const {
+  CpuForwardProblem cpu_problem(int64_t element_size, bool matrix_tiles) const {
     const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;
-    return {rows_per_kv_head(), num_heads_kv, head_dim, head_dim_v, element_size, side_by_side};
+    return {rows_per_kv_head(), num_heads_kv, head_dim,    head_dim_v,
+            element_size,       side_by_side, matrix_tiles};
   }
 
   Visibility visibility(int64_t batch_idx) const {

@@ -21,27 +21,59 @@
 
 #include "cpu/isa/tile_gemm.h"
 #include "cpu/kernels/score.h"
+#include "cpu/kernels/softmax.h"
 #include "cpu/kernels/unified.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
-template <class Element>
-struct ForwardScratch {
+template <class Scratch>
+CpuForwardPlan forward_plan(const AttentionParams& p) {
+  return cpu_forward_plan(p.cpu_problem(sizeof(typename Scratch::Element), Scratch::matrix_tiles));
+}
+
+// The state of a task's rows, KV head by KV head. With a unified maximum, phi in units of log2 is
+// the base of P and row_max the largest score; otherwise row_max is the base.
+template <class Acc>
+struct RowState {
+  void take(Arena& arena, int64_t count, int64_t stride) {
+    o_row = stride;
+    acc_o = arena.take<Acc>(count * o_row);
+    row_max = arena.take<Acc>(count);
+    row_sum = arena.take<Acc>(count);
+    phi = arena.take<Acc>(count);
+    rows = arena.take<Row>(count);
+  }
+
+  void skip(int64_t count) {
+    acc_o += count * o_row;
+    row_max += count;
+    row_sum += count;
+    phi += count;
+    rows += count;
+  }
+
+  int64_t o_row;
+  Acc *acc_o, *row_max, *row_sum, *phi;
+  Row* rows;
+};
+
+// Of a level that multiplies on vectors. Another scratch that is to serve attention_fwd<> has what
+// is used of this one there, and overloads load_query and attend_packed.
+template <class E>
+struct ForwardScratch : RowState<Accumulator<E>> {
+  using Element = E;
   using Acc = Accumulator<Element>;
+  static constexpr bool matrix_tiles = false;  // true: packed blocks only, on a matrix unit
 
   ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
-    plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
+    plan = forward_plan<ForwardScratch>(p);
     const auto [block_m, block_n] = plan.tile;
     q_row = round_up(p.head_dim, kWidth<Acc>);
     s_row = round_up(block_n, kPanel<Acc>);
-    o_row = round_up(p.head_dim_v, kPanel<Acc>);
+    const int64_t o_row = round_up(p.head_dim_v, kPanel<Acc>);
     const int64_t all_rows = p.heads_per_task * block_m;
     q = arena.take<Acc>(all_rows * q_row);
-    acc_o = arena.take<Acc>(all_rows * o_row);
-    row_max = arena.take<Acc>(all_rows);
-    row_sum = arena.take<Acc>(all_rows);
-    phi = arena.take<Acc>(all_rows);
-    rows = arena.take<Row>(all_rows);
+    this->take(arena, all_rows, o_row);
     s = arena.take<Acc>((plan.pack ? 1 : p.heads_per_task) * block_m * s_row);
     bias = arena.take<Acc>(s_row);
     if (plan.pack) {
@@ -55,60 +87,18 @@ struct ForwardScratch {
   ForwardScratch head(int64_t i) const {
     ForwardScratch t = *this;
     const int64_t first = i * plan.tile.block_m;
+    t.skip(first);
     t.q += first * q_row;
-    t.acc_o += first * o_row;
-    t.row_max += first;
-    t.row_sum += first;
-    t.phi += first;
-    t.rows += first;
     if (!plan.pack) t.s += first * s_row;
     return t;
   }
 
   Arena arena;
   CpuForwardPlan plan;
-  int64_t q_row, s_row, o_row;  // strides
-  // Per KV head of the task. With a unified maximum, phi in units of log2 is the base of P and
-  // row_max the largest score; otherwise row_max is the base.
-  Acc *q, *acc_o, *row_max, *row_sum, *phi;
-  Row* rows;  // likewise
-  Acc *s, *bias;
+  int64_t q_row, s_row;  // strides
+  Acc *q, *s, *bias;
   Acc *k_panels = nullptr, *v_panels = nullptr, *staging = nullptr;
 };
-
-// x[count] <- 2^(x - base); returns the sum.
-template <class Acc>
-FIL_INLINE Acc exp2_row(Acc* x, int64_t padded, Acc base) {
-  Vector<Acc> sum = {};
-  for (int64_t c = 0; c < padded; c += kWidth<Acc>) {
-    const Vector<Acc> e = exp2<Acc>(load(x + c) - base);
-    store(x + c, e);
-    sum += e;
-  }
-  return reduce_sum<Acc>(sum);
-}
-
-// One online softmax step of one row: s becomes the unnormalised probabilities. The accumulator is
-// rescaled only when the maximum grew by more than 2^8; until then probabilities up to 2^8 are as
-// exact, and the factor is exactly 1.
-template <class Acc>
-FIL_INLINE void softmax_step(Acc* s, int64_t padded, Acc& row_max, Acc& row_sum, Acc* acc_o,
-                             int64_t o_row) {
-  Vector<Acc> block_max = load(s);
-  for (int64_t c = kWidth<Acc>; c < padded; c += kWidth<Acc>)
-    block_max = max(block_max, load(s + c));
-  const Acc new_max = reduce_max<Acc>(block_max);
-  if (new_max > row_max + 8) {
-    const Acc factor = exp2<Acc>(broadcast<Acc>(row_max - new_max))[0];
-    row_sum *= factor;
-    for (int64_t c = 0; c < o_row; c += kWidth<Acc>)
-      store<Acc>(acc_o + c, load(acc_o + c) * factor);
-    row_max = new_max;
-  }
-  // No key seen so far: all scores are -inf, and any finite base keeps them at probability 0.
-  const Acc base = row_max == Acc(-__builtin_inf()) ? Acc(0) : row_max;
-  row_sum += exp2_row(s, padded, base);
-}
 
 template <class Acc, class T>
 bool has_non_finite(int64_t rows, int64_t cols, const T* x, int64_t stride) {
@@ -159,9 +149,10 @@ FIL_INLINE Part visible_part(const Row* rows, int64_t row, int64_t count, const 
 
 // The scores of a block, of the keys in part_of(row), become probabilities. Returns whether a row
 // does not see every one of them.
-template <class Element, class PartOf, class Acc = Accumulator<Element>>
+template <class Scratch, class PartOf>
 bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys, int64_t rows,
-                   const ForwardScratch<Element>& t, const PartOf& part_of) {
+                   const Scratch& t, const PartOf& part_of) {
+  using Acc = typename Scratch::Acc;
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool hides = false;
   Part loaded{-1, -1};  // of the mask
@@ -200,7 +191,7 @@ void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
   pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
   tile_gemm_parts(rows, keys.count, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s, t.s_row,
                   false, visible, Whole{p.head_dim});
-  const bool hides = softmax_block<Element>(p, batch, keys, rows, t, visible);
+  const bool hides = softmax_block(p, batch, keys, rows, t, visible);
   if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
     accumulate_visible(p, batch, keys, keys.count, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
     return;
@@ -244,7 +235,7 @@ void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_h
             });
   bool hides = false;
   for (int64_t h = 0; h < heads; ++h) {
-    hides |= softmax_block<Element>(p, batch, keys, rows, all.head(h), Whole{keys.count});
+    hides |= softmax_block(p, batch, keys, rows, all.head(h), Whole{keys.count});
   }
   uint64_t done = 0;  // a bit for each head
   for (int64_t h = 0; hides && h < heads; ++h) {
@@ -277,15 +268,22 @@ FIL_INLINE void store_row(const Acc* acc_o, Acc row_max, Acc row_sum, int64_t he
   *lse = empty ? Acc(-__builtin_inf()) : (row_max + Acc(__builtin_log2(row_sum))) * Acc(kLn2);
 }
 
+template <class Element>
+FIL_INLINE void load_query(const Element* q, int64_t head_dim, int64_t r,
+                           const ForwardScratch<Element>& t) {
+  using Acc = Accumulator<Element>;
+  for (int64_t c = 0; c < t.q_row; ++c) {
+    t.q[r * t.q_row + c] = c < head_dim ? Acc(to_float(q[c])) : Acc(0);
+  }
+}
+
 // The row state of one KV head before the first key.
-template <class Element, class Acc = Accumulator<Element>>
-void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
-                const ForwardScratch<Element>& t) {
+template <class Scratch>
+void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows, const Scratch& t) {
+  using Acc = typename Scratch::Acc;
   for (int64_t r = 0; r < rows; ++r) {
-    const Element* q = element_of<Element>(p.q, batch, t.rows[r].query, t.rows[r].head);
-    for (int64_t c = 0; c < t.q_row; ++c) {
-      t.q[r * t.q_row + c] = c < p.head_dim ? Acc(to_float(q[c])) : Acc(0);
-    }
+    const auto [query, head, visible] = t.rows[r];
+    load_query(element_of<typename Scratch::Element>(p.q, batch, query, head), p.head_dim, r, t);
     t.row_max[r] = Acc(-__builtin_inf());
     t.row_sum[r] = 0;
     t.phi[r] = phi_log2<Acc>(p, t.rows[r].head);
@@ -294,9 +292,9 @@ void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
 }
 
 // Row r of one split: a normalised state, or with a unified maximum sums.
-template <class Element, class Acc = Accumulator<Element>>
+template <class Acc>
 void store_partial(const AttentionFwdParams& p, int64_t batch, int64_t split, int64_t r,
-                   const ForwardScratch<Element>& t) {
+                   const RowState<Acc>& t) {
   const auto [query, head, visible] = t.rows[r];
   const Acc* acc_o = t.acc_o + r * t.o_row;
   const int64_t out_at =
@@ -315,9 +313,8 @@ void store_partial(const AttentionFwdParams& p, int64_t batch, int64_t split, in
 }
 
 // Whether the pass is for some of the task's rows.
-template <class Element>
-bool wants_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
-                const ForwardScratch<Element>& t) {
+template <class Acc>
+bool wants_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows, const RowState<Acc>& t) {
   bool any = p.only == nullptr;
   for (int64_t r = 0; !any && r < rows; ++r) {
     any = p.only[p.row_index(batch, t.rows[r].head, t.rows[r].query)] == RowVerdict::kViolated;
@@ -328,14 +325,14 @@ bool wants_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows,
 // out and lse of one KV head's rows: the final ones, or this split's partial ones.
 template <class Element, class Acc = Accumulator<Element>>
 void finish_rows(const AttentionFwdParams& p, int64_t batch, int64_t split, int64_t rows,
-                 const ForwardScratch<Element>& t) {
+                 const RowState<Acc>& t) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto [query, head, visible] = t.rows[r];
     const Acc* acc_o = t.acc_o + r * t.o_row;
     const int64_t row_at = p.row_index(batch, head, query);
     if (p.only && p.only[row_at] != RowVerdict::kViolated) continue;
     if (p.kv_splits > 1) {
-      store_partial<Element>(p, batch, split, r, t);
+      store_partial<Acc>(p, batch, split, r, t);
     } else if (p.unified) {
       const UnifiedRow<Acc> row{acc_o, t.row_max[r], t.row_sum[r], t.phi[r]};
       store_unified<Element>(p, batch, t.rows[r], row);
@@ -365,21 +362,22 @@ FIL_INLINE void for_blocks(const CpuForwardPlan& plan, const Visibility& visibil
   for (; key < range.end; key += block_n) attend(KeyBlock{key, min_of(block_n, range.end - key)});
 }
 
-template <class Element>
+template <class Scratch>
 int64_t attention_fwd_tasks(const AttentionFwdParams& p) {
-  const CpuForwardPlan plan = cpu_forward_plan(p.cpu_problem(sizeof(Element)));
+  const CpuForwardPlan plan = forward_plan<Scratch>(p);
   return p.kv_splits * p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m) *
          ceil_div(p.num_heads_kv, p.heads_per_task);
 }
 
-template <class Element>
+template <class Scratch>
 int64_t attention_fwd_scratch(const AttentionFwdParams& p) {
-  return ForwardScratch<Element>(p, nullptr).arena.used();
+  return Scratch(p, nullptr).arena.used();
 }
 
-template <class Element>
+template <class Scratch>
 void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
-  const ForwardScratch<Element> t(p, scratch);
+  using Element = typename Scratch::Element;
+  const Scratch t(p, scratch);
   const auto [block_m, block_n] = t.plan.tile;
   const int64_t m_blocks = ceil_div(p.rows_per_kv_head(), block_m);
   const int64_t head_groups = ceil_div(p.num_heads_kv, p.heads_per_task);
@@ -397,8 +395,8 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
   bool wanted = false;
   for (int64_t h = 0; h < heads; ++h) {
     describe_rows(p, visibility, first_head + h, first_row, rows, t.head(h).rows);
-    wanted |= wants_rows<Element>(p, batch, rows, t.head(h));
-    start_rows<Element>(p, batch, rows, t.head(h));
+    wanted |= wants_rows<typename Scratch::Acc>(p, batch, rows, t.head(h));
+    start_rows(p, batch, rows, t.head(h));
   }
   if (!wanted) return;
 
@@ -409,11 +407,10 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     range.end = min_of(range.end, split_begin + p.keys_per_split);
   }
   for_blocks(t.plan, visibility, range, [&](const KeyBlock& keys) __attribute__((always_inline)) {
-    if (t.plan.pack) {
-      attend_packed<Element>(p, batch, first_head, keys, rows, t);
-    } else {
-      attend_in_place<Element>(p, batch, first_head, heads, keys, rows, t);
+    if constexpr (!Scratch::matrix_tiles) {
+      if (!t.plan.pack) return attend_in_place<Element>(p, batch, first_head, heads, keys, rows, t);
     }
+    attend_packed(p, batch, first_head, keys, rows, t);
   });
   for (int64_t h = 0; h < heads; ++h) finish_rows<Element>(p, batch, split, rows, t.head(h));
 }

@@ -17,6 +17,7 @@ struct Kernel {
 };
 
 struct Kernels {
+  CpuForwardPlan (*forward_plan)(const AttentionParams&);  // the choices of attention_fwd
   Kernel<AttentionFwdParams> attention_fwd;
   Kernel<AttentionBwdParams> attention_bwd;
   Kernel<CombineParams> combine;
@@ -28,14 +29,19 @@ struct KernelTable {
   Kernels float64, float32, bfloat16, float16;
 };
 
-// Ascending: a higher level runs wherever its table is not null and the processor has it.
-enum class Level : int { kBaseline, kAvx2, kAvx512 };
-constexpr int kNumLevels = 3;
-constexpr const char* kLevelNames[kNumLevels] = {"baseline", "avx2", "avx512"};
+// Ascending: a higher level runs wherever its table is not null and the processor has it. Behind
+// them are levels for tests, which run only where they are asked for by name.
+enum class Level : int { kBaseline, kAvx2, kAvx512, kAmx, kAmxEmulated };
+constexpr int kNumLevels = 4;  // to choose from
+constexpr int kNumLevelsWithTests = 5;
+constexpr const char* kLevelNames[kNumLevelsWithTests] = {"baseline", "avx2", "avx512", "amx",
+                                                          "amx-emulated"};
 
 const KernelTable* baseline_table();
-const KernelTable* avx2_table();    // null where it is not compiled in
-const KernelTable* avx512_table();  // likewise
+const KernelTable* avx2_table();          // null where it is not compiled in
+const KernelTable* avx512_table();        // likewise
+const KernelTable* amx_table();           // likewise
+const KernelTable* amx_emulated_table();  // likewise
 
 // The level's table if this build has it and this processor can run it, else null.
 const KernelTable* table_of(Level level);

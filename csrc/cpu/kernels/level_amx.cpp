@@ -1,0 +1,30 @@
+#include "cpu/kernels/prelude.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,prefer-vector-width=512")
+// As in level_avx512.cpp: GCC's own header.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#define FIL_CPU_LEVEL amx
+#define FIL_VECTOR_BYTES 64
+#include "cpu/isa/amx.h"
+#include "cpu/isa/avx512.h"
+#include "cpu/kernels/attention_tiles.h"
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+#endif
+
+namespace flashinfer_lite::cpu {
+
+const KernelTable* amx_table() {
+#if defined(__x86_64__)
+  static const KernelTable table = amx::with_tiles<avx512_table>();
+  return &table;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace flashinfer_lite::cpu

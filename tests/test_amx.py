@@ -1,0 +1,242 @@
+"""The emulated AMX tiles against an exact model of the instruction, and the packers for them.
+
+The kernels on these tiles are tested as every level is, through `isa`.
+"""
+
+import ctypes
+import itertools
+import math
+import platform
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashinfer_lite
+from flashinfer_lite import attention
+from flashinfer_lite.testing import EMULATED, force_isa, isa_levels, make_qkv
+
+ROOT = Path(__file__).parent.parent
+SMALLEST, INF, NAN = 2.0**-126, math.inf, math.nan
+pytestmark = [
+    pytest.mark.cpu_only("the tiles are a processor's"),
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or EMULATED not in isa_levels(emulated=True),
+        reason="the emulation needs AVX2",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("amx") / "amx_probe.so"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra"]
+    source = Path(__file__).with_name("amx_probe.cpp")
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def probe(library):
+    return ctypes.CDLL(str(library))
+
+
+def call(function, *arguments):
+    function(
+        *(
+            ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_int64(x)
+            for x in arguments
+        )
+    )
+
+
+def round32(x):
+    """A rational to float32: nearest even; what is below the smallest normal then, zero."""
+    if x == 0:
+        return 0.0
+    magnitude = abs(x)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    exponent -= magnitude < Fraction(2) ** exponent
+    step = Fraction(2) ** (exponent - 23)
+    magnitude = round(magnitude / step) * step
+    rounded = INF if magnitude >= 2**128 else float(magnitude) if magnitude >= SMALLEST else 0.0
+    return math.copysign(rounded, x)
+
+
+def multiply_add(a, b, c):
+    if all(map(math.isfinite, (a, b, c))):
+        return round32(Fraction(a) * Fraction(b) + Fraction(c))
+    product = NAN if 0 in (a, b) and not math.isfinite(a + b) else a * b
+    return product + c
+
+
+def normal(x):
+    return x if abs(x) >= SMALLEST or math.isnan(x) else 0.0
+
+
+def model(a, b, c):
+    """TDPBF16PS as Intel's manual writes it; a [m, k, 2], b [k, n, 2], c [m, n]."""
+    (rows, cols), pairs = c.shape, a.shape[1]
+    a, b, c = ([normal(x) for x in t.double().flatten().tolist()] for t in (a, b, c))
+    out = []
+    for m, n in itertools.product(range(rows), range(cols)):
+        even = odd = 0.0
+        for k in range(pairs):
+            left, right = 2 * (m * pairs + k), 2 * (k * cols + n)
+            even = multiply_add(a[left], b[right], even)
+            odd = multiply_add(a[left + 1], b[right + 1], odd)
+        out.append(multiply_add(1.0, multiply_add(1.0, even, odd), c[m * cols + n]))
+    return torch.tensor(out, dtype=torch.float64).reshape(rows, cols)
+
+
+def any_bits(*shape):
+    """bfloat16 of any bits: of all magnitudes, denormals, NaN and inf among them."""
+    return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
+
+
+def check_multiply(probe, a, b, c):
+    expected = model(a, b, c)
+    before = probe.mxcsr()
+    call(probe.multiply, c.shape[0], a.shape[1], c.shape[1], a, b, c)
+    assert probe.mxcsr() == before  # neither the mode nor a flag
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (16, 16, 16), (3, 5, 7), (16, 1, 2), (2, 16, 13)])
+@pytest.mark.parametrize("kind", ["ordinary", "denormal", "any"])
+def test_products_bit_for_bit(device, probe, shape, kind):
+    rows, pairs, cols = shape
+    c = torch.randn(rows, cols)
+    if kind == "any":
+        a, b = any_bits(rows, pairs, 2), any_bits(pairs, cols, 2)
+    else:
+        a, b = torch.randn(rows, pairs, 2), torch.randn(pairs, cols, 2)
+        if kind == "denormal":  # products and sums about the smallest normal number, inputs too
+            a, b, c = a * 2.0**-60, b * 2.0**-66, c * 2.0**-126
+            a[::2, ::3] *= 2.0**-66
+        a, b = a.bfloat16(), b.bfloat16()
+    check_multiply(probe, a, b, c)
+
+
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_number_of_rows(device, probe, rows):
+    a, b = torch.randn(rows, 2, 2).bfloat16(), torch.randn(2, 16, 2).bfloat16()
+    check_multiply(probe, a, b, torch.zeros(rows, 16))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "expected"),
+    [
+        ((1.0, 0.0), (2.0**-130, 0.0), 0.0, 0.0),  # a denormal factor is zero
+        ((1.0, 0.0), (1.0, 0.0), 2.0**-130, 1.0),  # and so is a denormal sum
+        ((2.0**-70, 0.0), (2.0**-60, 0.0), 0.0, 0.0),  # and a denormal product
+        ((INF, 0.0), (0.0, 0.0), 0.0, NAN),
+        ((INF, 1.0), (1.0, 1.0), 0.0, INF),
+        ((INF, INF), (1.0, -1.0), 0.0, NAN),
+        ((0.0, NAN), (0.0, 0.0), 0.0, NAN),
+        ((2.0**100, -(2.0**100)), (2.0**100, 2.0**100), 0.0, NAN),  # each overflows, then they meet
+        ((1.0, 2.0**-24), (1.0, 1.0), -1.0, 0.0),  # a pair is rounded before it is added: to even
+    ],
+)
+def test_special_products(device, probe, a, b, c, expected):
+    a, b = (torch.tensor([[x]]).bfloat16() for x in (a, b))
+    c = torch.tensor([[c]])
+    check_multiply(probe, a, b, c)
+    assert c.item() == expected or (math.isnan(expected) and math.isnan(c.item()))
+
+
+@pytest.mark.parametrize("which", range(12))
+def test_misuse_traps(device, library, which):
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).misuse({which})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode == 0) == (which == 11)  # the last is none
+
+
+def test_rounding_to_bfloat16(device, probe):
+    x = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64).int()
+    x[:4096] = x[:4096] & -65536 | 0x8000  # ties
+    x[4096:8192] |= 0x7F800000  # NaN
+    x = x.view(torch.float32)
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    call(probe.round_floats, x.numel(), x, out)
+    expected = torch.where(x.abs() < SMALLEST, x * 0, x).bfloat16()
+    assert torch.equal(out.isnan(), x.isnan())
+    finite = ~x.isnan()
+    assert torch.equal(out[finite].view(torch.int16), expected[finite].view(torch.int16))
+
+
+def up(n, multiple=32):
+    return -(-n // multiple) * multiple
+
+
+def unpacked(tiles, depth, cols):
+    """The right factor [depth, cols] that tiles hold."""
+    words = tiles.view(up(cols) // 16, up(depth) // 2, 16, 2)
+    return words.permute(1, 3, 0, 2).reshape(up(depth), up(cols))
+
+
+PACKED = [(1, 8), (2, 256), (15, 24), (16, 32), (17, 40), (31, 72), (33, 64), (64, 8), (127, 120)]
+
+
+@pytest.mark.parametrize(("count", "depth"), PACKED)
+def test_pack_keys(device, probe, count, depth):
+    # Any bits: a packer moves them. Rows lie apart, at an odd stride.
+    k = any_bits(count, depth + 5)[:, :depth]
+    tiles, staging = any_bits(up(count) * up(depth)), any_bits(16 * up(depth))
+    call(probe.keys, count, depth, k, k.stride(0), tiles, staging)
+    found = unpacked(tiles, depth, count)
+    assert torch.equal(found[:depth, :count].view(torch.int16), k.T.view(torch.int16))
+    assert not found[depth:].any() and not found[:, count:].any()
+
+
+@pytest.mark.parametrize("finite_only", [False, True])
+@pytest.mark.parametrize(("count", "cols"), PACKED)
+def test_pack_values(device, probe, count, cols, finite_only):
+    v = any_bits(count, cols + 5)[:, :cols]
+    tiles = any_bits(up(count) * up(cols))
+    call(probe.values, finite_only, count, cols, v, v.stride(0), tiles)
+    found = unpacked(tiles, count, cols)
+    expected = torch.where(v.isfinite(), v, 0.0) if finite_only else v
+    assert torch.equal(found[:count, :cols].view(torch.int16), expected.view(torch.int16))
+    assert not found[count:].any() and not found[:, cols:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 32])
+@pytest.mark.parametrize(("count", "depth"), PACKED)
+def test_product_of_packed_keys(device, probe, rows, count, depth):
+    a, k = torch.zeros(32, up(depth)), torch.randn(count, depth).bfloat16()
+    a[:rows, :depth] = torch.randn(rows, depth)
+    a, c = a.bfloat16(), torch.randn(32, up(count) + 3)
+    tiles, staging = any_bits(up(count) * up(depth)), any_bits(16 * up(depth))
+    call(probe.keys, count, depth, k, depth, tiles, staging)
+    for accumulate in (False, True):
+        expected = a[:rows].double()[:, :depth] @ k.double().T
+        expected += c[:rows, :count].double() * accumulate
+        call(probe.gemm, rows, count, depth, a, a.stride(0), tiles, c, c.stride(0), accumulate)
+        bound = 2.0**-22 * (a.double().abs()[:rows, :depth] @ k.double().abs().T + 4)
+        assert ((c[:rows, :count].double() - expected).abs() <= bound).all()
+
+
+def test_emulation_is_no_default(device):
+    assert EMULATED not in isa_levels() and EMULATED in isa_levels(emulated=True)
+    with force_isa(None):
+        assert flashinfer_lite.explain(attention, *make_qkv(1, 12, 12)).kernel[-8:] != "emulated"
+
+
+def test_the_number_of_rows_does_not_change_a_bit(device):
+    # A row block has one size up to 256 rows; beyond, and alone, a row keeps its bits.
+    q, k, v = make_qkv(1, 300, 300, 2, 1, 40, dtype=torch.bfloat16)
+    with force_isa(EMULATED):
+        whole = attention(q, k, v)
+        for first, last in ((0, 7), (5, 22), (100, 300), (290, 300)):
+            part = attention(q[:, first:last], k, v)
+            assert torch.equal(part, whole[:, first:last])
