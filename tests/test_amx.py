@@ -240,3 +240,15 @@ def test_the_number_of_rows_does_not_change_a_bit(device):
         for first, last in ((0, 7), (5, 22), (100, 300), (290, 300)):
             part = attention(q[:, first:last], k, v)
             assert torch.equal(part, whole[:, first:last])
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_values_that_are_not_finite_reach_the_rows_that_see_them(device, value):
+    q, k, v = make_qkv(1, 80, 80, 2, 1, 40, dtype=torch.bfloat16)
+    poisoned = v.clone()
+    v[0, 20, 0, 3] = v[0, 41, 0, 7] = 0.0
+    poisoned[0, 20, 0, 3] = poisoned[0, 41, 0, 7] = value
+    with force_isa(EMULATED):
+        expected, out = (attention(q, k, x, causal=True) for x in (v, poisoned))
+    expected[0, 20:, :, 3] = expected[0, 41:, :, 7] = value
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
