@@ -31,7 +31,7 @@ FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
 # Levels with kernels of their own for a forward of many rows in bfloat16, and what runs the rest.
 LEVEL_BELOW = {"amx": "avx512", "amx-emulated": "avx2"}
-MIN_PACKED_ROWS = 12
+MIN_PACKED_ROWS = 12  # cpu_forward_plan
 
 
 @dataclass(frozen=True)

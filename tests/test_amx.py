@@ -226,6 +226,15 @@ def test_product_of_packed_keys(device, probe, rows, count, depth):
         assert ((c[:rows, :count].double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_the_level_amx_has_the_instructions(device):
+    # All that can be said of it on a processor without.
+    built = next((ROOT / "flashinfer_lite").glob("_C_cpu*.so"))
+    listing = subprocess.run(["objdump", "-d", built], capture_output=True, text=True).stdout
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert instruction in listing
+
+
 def test_emulation_is_no_default(device):
     assert EMULATED not in isa_levels() and EMULATED in isa_levels(emulated=True)
     with force_isa(None):

@@ -1,4 +1,4 @@
-// Register-tiled products of one attention tile. A level with a matrix unit replaces this file.
+// Register-tiled products of one attention tile. On a matrix unit amx_gemm.h multiplies instead.
 //
 // Every element of a product sums from zero over the depth in ascending order, one multiply-add at
 // a time (fused where the level has it), whatever tile computes it: a row's bits do not depend on
