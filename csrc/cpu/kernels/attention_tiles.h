@@ -93,6 +93,9 @@ inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t he
   for (int64_t first = 0; first < rows; first += kMatrixRows) {
     const TileScratch t = all.from(first);
     const int64_t count = min_of(rows - first, kMatrixRows);
+    // Queries ascend with the rows: causal or window may hide the block from all of these.
+    if (t.rows[count - 1].visible.end <= keys.first) continue;
+    if (t.rows[0].visible.begin >= keys.first + keys.count) break;
     amx_gemm(tiles, count, keys.count, p.head_dim, t.q, t.q_row, t.k_tiles, t.s, t.s_row, false);
     const bool hides = softmax_block(p, batch, keys, count, t, Whole{keys.count});
     if (hides && !probed) {
