@@ -52,8 +52,8 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
   if (!pack) {
     plan.tile.block_n = 256;
     if (p.heads_side_by_side) {
-      // One head at a time would read 256 bytes of every 2 KB, at a third of the memory's speed:
-      // heads that fill a page go together, with fewer keys, for all their scores are kept.
+      // One head at a time would read some hundred bytes of every few kilobytes: heads that fill a
+      // page go together, with fewer keys, for all their scores are kept.
       const int64_t heads = 4096 / (p.head_dim * p.element_size);
       plan.heads_together = std::clamp<int64_t>(heads, 1, std::min(p.num_heads_kv, kMaxHeads));
       if (plan.heads_together > 1) plan.tile.block_n = 64;

@@ -152,8 +152,7 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
   return hides;
 }
 
-// One block of keys of many rows. Where causal or window hide a corner of it, the products leave
-// that out: what is skipped of S becomes -inf, and P is 0 there.
+// One block of keys of many rows. The corner of it that causal or window hide is left out.
 template <class Element, class Acc = Accumulator<Element>>
 void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
                    const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& t) {

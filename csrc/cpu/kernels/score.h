@@ -20,7 +20,7 @@ struct Row {
 struct KeyBlock {
   int64_t first;
   int64_t count;
-  int64_t apart = 1;         // keys from one stream to the next; a multiple of steps if streamed
+  int64_t apart = 1;         // keys from one stream to the next; 1: they lie side by side
   int64_t step = kStepRows;  // keys from one step to the next
 
   FIL_INLINE int64_t at(int64_t c) const {
