@@ -37,6 +37,11 @@ TEST_FILES = (
     "compile",
     "registration",
     "hostile",
+    "plain",
+    "transforms",
+    "unified",
+    "unified_properties",
+    "unified_torch",
 )
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # A summary must be there and count nothing: a tool that did not run has found nothing either.
