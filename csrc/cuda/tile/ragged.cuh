@@ -30,7 +30,7 @@ struct MatrixRows {
   int64_t stride;        // between rows
   int rows;              // from here on there are none
   int cols;
-  bool vector;  // every row begins on 16 bytes
+  bool vector;  // every row begins on 16 bytes and is a whole number of them
 };
 
 // Starts the copy of the columns from `col` on of a whole tile; what does not exist is zero in the
@@ -55,8 +55,7 @@ __device__ __forceinline__ void load_columns(const Tile& tile, const MatrixRows<
     for (int i = 0; i < kTurns; ++i) {
       const int row = first_row + i * kRowsOn;
       const bool exists = arch::predicate(row < from.rows);
-      arch::cp_async_16(tile.chunk(row, c), at,
-                        exists ? left * static_cast<int>(sizeof(Element)) : 0);
+      arch::cp_async_16(tile.chunk(row, c), at, exists && left > 0 ? 16 : 0);
       at += kRowsOn * from.stride;
     }
     return;

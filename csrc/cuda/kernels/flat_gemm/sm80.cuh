@@ -81,10 +81,12 @@ struct Block {
     const int first_m = m_block * Cfg::block_m;
     const int first_n = n_block * Cfg::block_n;
     const auto k = static_cast<int>(p.k);
+    // A copy of part of a chunk would read all of it, beyond the tensor's end.
+    const bool whole = k % T::WeightTile::chunk_elements == 0;
     x = {static_cast<const Element*>(p.x) + first_m * p.x_row, p.x_row,
-         static_cast<int>(p.m) - first_m, k, p.vector_x};
+         static_cast<int>(p.m) - first_m, k, p.vector_x && whole};
     weight = {static_cast<const Element*>(p.weight) + first_n * p.weight_row, p.weight_row,
-              static_cast<int>(p.n) - first_n, k, p.vector_weight};
+              static_cast<int>(p.n) - first_n, k, p.vector_weight && whole};
     first_k = split * static_cast<int>(p.k_per_split);
     const int end_k = std::min(k, first_k + static_cast<int>(p.k_per_split));
     count = std::max((end_k - first_k + Cfg::block_k - 1) / Cfg::block_k, 0);
