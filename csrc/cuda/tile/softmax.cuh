@@ -96,6 +96,7 @@ __device__ __forceinline__ void exponentials(float (&s)[kM][kKeyTiles][4], float
       // No key so far: every score is -inf, and any finite base keeps it at probability 0.
       const float row_max = state.row_max[m][half];
       const float base = row_max == kMinusInf ? 0.f : row_max;
+      float sum = 0.f;  // of the block alone: over many keys each addition to row_sum rounds more
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
@@ -103,9 +104,10 @@ __device__ __forceinline__ void exponentials(float (&s)[kM][kKeyTiles][4], float
           const bool hidden = kMarkHidden && s[m][n][e] == kMinusInf;
           const float p = arch::exp2(fmaf(s[m][n][e], scale, -base));
           s[m][n][e] = hidden ? -0.f : p;
-          state.row_sum[m][half] += p;
+          sum += p;
         }
       }
+      state.row_sum[m][half] += sum;
     }
   }
 }
