@@ -142,15 +142,13 @@ def choose_kernel(x, weight, bias, weight_scale, impl, batch_invariant, out):
         _check.not_landed(weight_scale=weight_scale)
     if impl not in IMPLS:
         _check.choice("impl", impl, IMPLS)
+    if batch_invariant and impl not in ("auto", "flat_gemm"):
+        raise ValueError(f"impl: expected 'auto' or 'flat_gemm' with batch_invariant, got {impl!r}")
     _check_inputs(x, weight, bias)
     _check_native(x, impl, batch_invariant)
     if out is not None:
         _check_out(out, x, weight)
     if batch_invariant:
-        if impl not in ("auto", "flat_gemm"):
-            raise ValueError(
-                f"impl: expected 'auto' or 'flat_gemm' with batch_invariant, got {impl!r}"
-            )
         return "flat_gemm"
     if impl != "auto":
         return impl
