@@ -7,7 +7,7 @@ import torch
 
 import flashinfer_lite
 from flashinfer_lite import attention, decode, flat_linear, merge_states
-from flashinfer_lite.testing import assert_same_bits, force_isa, isa_levels, make_qkv
+from flashinfer_lite.testing import assert_same_bits, force_isa, isa_levels, make_qkv, on_device
 
 NAMES = {attention: ("q", "k", "v"), decode: ("q", "k_cache", "v_cache")}
 both = pytest.mark.parametrize("op", [attention, decode], ids=["attention", "decode"])
@@ -83,10 +83,8 @@ TENSORS = [
 @both
 @pytest.mark.parametrize("position, bad, error, message", TENSORS, ids=describe)
 def test_tensors(device, op, position, bad, error, message):
-    if torch.is_tensor(bad) and bad.device.type == "cpu":
-        bad = bad.to(device)
     tensors = [None] * 3
-    tensors[position] = bad
+    tensors[position] = on_device(bad, device)
     with pytest.raises(error, match=f"^{NAMES[op][position]}: .*{message}"):
         call(op, device, tensors=tensors)
 
@@ -145,10 +143,8 @@ ARGUMENTS = [
 @both
 @pytest.mark.parametrize("name, bad, error, message", ARGUMENTS, ids=describe)
 def test_arguments(device, op, name, bad, error, message):
-    if torch.is_tensor(bad) and bad.device.type == "cpu":
-        bad = bad.to(device)
     with pytest.raises(error, match=f"^{name}: .*{message}"):
-        call(op, device, **{name: bad})
+        call(op, device, **{name: on_device(bad, device)})
 
 
 # kv_start, seqlens_kv, the message
@@ -204,10 +200,8 @@ DECODE = [
 
 @pytest.mark.parametrize("name, bad, error, message", DECODE, ids=describe)
 def test_decode_arguments(device, name, bad, error, message):
-    if torch.is_tensor(bad) and bad.device.type == "cpu":
-        bad = bad.to(device)
     with pytest.raises(error, match=f"^{name}: .*{message}"):
-        call(decode, device, **{name: bad})
+        call(decode, device, **{name: on_device(bad, device)})
 
 
 def test_decode_out_that_overlaps_itself(device):
@@ -240,7 +234,7 @@ def test_batch_invariant_excludes_kv_splits(device):
 )
 def test_merge_states_arguments(device, outs, lses, error, message):
     def here(x):
-        return [here(t) for t in x] if isinstance(x, list) else x if x is None else x.to(device)
+        return [here(t) for t in x] if isinstance(x, list) else on_device(x, device)
 
     outs, lses = here(outs), here(lses)
     with pytest.raises(error, match=message):
@@ -279,7 +273,7 @@ FLAT = [
 @pytest.mark.parametrize("bad, error, message", FLAT, ids=describe)
 def test_flat_linear_arguments(device, bad, error, message, no_grad):
     good = {"x": X.to(device), "weight": WEIGHT.to(device)}
-    bad = {n: x.to(device) if torch.is_tensor(x) and x.is_cpu else x for n, x in bad.items()}
+    bad = {n: on_device(x, device) for n, x in bad.items()}
     with torch.set_grad_enabled(not no_grad):
         assert flat_linear(**good).shape == (3, 5)
         with pytest.raises(error, match=message):

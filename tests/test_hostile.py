@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flashinfer_lite
-from flashinfer_lite.testing import assert_same_bits
+from flashinfer_lite.testing import assert_same_bits, on_device
 
 OPS = torch.ops.flashinfer_lite
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
@@ -294,10 +294,7 @@ HOSTILE_PHI = [
 @pytest.mark.parametrize("op", ["attention_fwd", "decode", "decode.out"])
 @pytest.mark.parametrize("phi", HOSTILE_PHI, ids=str)
 def test_phi(device, op, phi):
-    phi = {
-        n: x.to(device) if torch.is_tensor(x) and x.device.type == "cpu" else x
-        for n, x in phi.items()
-    }
+    phi = {n: on_device(x, device) for n, x in phi.items()}
     with pytest.raises(ERRORS, match="phi|device"):
         run(op, base(op, device) | phi)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashinfer_lite import attention, decode
-from flashinfer_lite.testing import assert_same_bits, make_qkv
+from flashinfer_lite.testing import assert_same_bits, make_qkv, on_device
 
 SHORT = sys.modules["flashinfer_lite._plain"]
 OPS = {"attention": attention, "decode": decode}
@@ -86,6 +86,7 @@ def test_who_has_to_be_checked_first(device, short, op):
     assert all(result is None for result in short)
 
 
+@pytest.mark.gradients
 def test_gradients_go_the_long_way(device, short):
     q, k, v = make_qkv(1, 3, 9, 2, 1, 16, device=device)
     for x in (q, k, v):
@@ -118,7 +119,7 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_what_is_refused_is_named_as_ever(device, no_short, op, message):
     (q, k, v), arguments = WRONG[message](*make_qkv(2, 3, 9, 4, 2, 16, device=device))
-    arguments = {key: x.to(device) if torch.is_tensor(x) else x for key, x in arguments.items()}
+    arguments = {key: on_device(x, device) for key, x in arguments.items()}
     with pytest.raises((TypeError, ValueError), match=f"^{message}") as quick:
         op(q, k, v, **arguments)
     no_short()

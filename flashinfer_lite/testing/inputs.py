@@ -19,6 +19,15 @@ import torch
 LAYOUTS = ("contiguous", "fused", "bhsd", "sbhd", "padded", "misaligned", "capacity", "expand")
 
 
+def on_device(x, device):
+    """x there, if it is a tensor of the CPU, with its own strides: `Tensor.to` packs what has gaps or
+    overlaps. Anything else as it is."""
+    if not torch.is_tensor(x) or x.device.type != "cpu":
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def _laid_out(t, layout):
     """The values of a contiguous 4-D tensor in another memory layout."""
     batch_size, seqlen, num_heads, head_dim = t.shape

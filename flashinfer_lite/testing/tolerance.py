@@ -112,7 +112,8 @@ def assert_close(actual, oracle, eager, name="out", *, gradient=False, dtype=Non
 
 
 def assert_close_strict(actual, oracle, eager, name="out", gradient=False):
-    """The strict rule of 16-bit dtypes: max and mean error as multiples of eager's, nothing added.
+    """The strict rule of 16-bit dtypes: max and mean error as multiples of eager's. Where both are
+    little more than the rounding of the result, one element may be rounded the other way.
 
     float32 and float64 are held to `assert_close_elementwise` instead (gradients:
     `assert_close`)."""
@@ -122,7 +123,8 @@ def assert_close_strict(actual, oracle, eager, name="out", gradient=False):
         return assert_close_elementwise(actual, oracle, name)
     error, eager_error = _compare(actual, oracle, name), _compare(eager, oracle, name + " (eager)")
     worst, mean = STRICT_GRADIENT if gradient else STRICT_FORWARD
-    allowed = worst * eager_error.max(), mean * eager_error.mean()
+    one_rounding = torch.finfo(actual.dtype).eps * _largest(oracle) / actual.numel()
+    allowed = worst * eager_error.max(), mean * eager_error.mean() + one_rounding
     if error.max() > allowed[0] or error.mean() > allowed[1]:
         rule = f"allowed {allowed[0]:.3e} and {allowed[1]:.3e} ({worst}x and {mean}x eager's)"
         raise AssertionError(_report(name, error, actual, oracle, rule))
