@@ -65,55 +65,146 @@ void pack_values(int64_t count, int64_t cols, const BFloat16* v, int64_t v_row, 
   }
 }
 
-// C[16 or 32 rows, 32] (+)= A[.., depth] B[depth, 32].
-template <bool two_rows>
-FIL_INLINE void tile_block(Tiles& tiles, int64_t depth, const BFloat16* a, int64_t a_row,
-                           const BFloat16* b, float* c, int64_t c_row, bool accumulate) {
-  const int64_t a_bytes = a_row * int64_t{sizeof *a}, c_bytes = c_row * int64_t{sizeof *c};
-  float* const c_below = c + kAmxRows * c_row;
-  if (accumulate) {
-    tiles.load<0>(c, c_bytes);
-    tiles.load<1>(c + 16, c_bytes);
-    if constexpr (two_rows) tiles.load<2>(c_below, c_bytes);
-    if constexpr (two_rows) tiles.load<3>(c_below + 16, c_bytes);
-  } else {
-    tiles.zero<0>();
-    tiles.zero<1>();
-    if constexpr (two_rows) tiles.zero<2>();
-    if constexpr (two_rows) tiles.zero<3>();
+// C[rows, cols] (+)= A[rows, depth] B[depth, cols] with B packed for b_depth, at least depth. rows,
+// at most 32, are rounded up to 16 or 32, cols and depth to multiples of 32: that much of A is read
+// and of C written.
+struct AmxProduct {
+  int64_t rows, cols, depth;
+  const BFloat16* a;
+  int64_t a_row;
+  const BFloat16* b;
+  int64_t b_depth;
+  float* c;
+  int64_t c_row;
+  bool accumulate;
+
+  FIL_INLINE int64_t steps() const {
+    return ceil_div(cols, 2 * kAmxRows) * ceil_div(depth, kAmxDepth);
   }
-  for (int64_t d = 0; d < depth; d += kAmxDepth) {
-    tiles.load<4>(a + d, a_bytes);
-    tiles.load<6>(b + d * kAmxRows, 64);
-    tiles.load<7>(b + (depth + d) * kAmxRows, 64);
-    tiles.multiply<0, 4, 6>();
-    tiles.multiply<1, 4, 7>();
-    if constexpr (two_rows) {
-      tiles.load<5>(a + kAmxRows * a_row + d, a_bytes);
-      tiles.multiply<2, 5, 6>();
-      tiles.multiply<3, 5, 7>();
+};
+
+// Products in steps, for other work to be done between them: a tile product takes the processor 16
+// cycles, in which it can execute what does not wait for it. A step multiplies 32 of the depth of
+// 32 columns; the sums are stored at the beginning of the next, when they are ready.
+class AmxQueue {
+ public:
+  explicit AmxQueue(Tiles& tiles) : tiles_(tiles) {}
+
+  // At most two at a time.
+  FIL_INLINE void add(const AmxProduct& product) {
+    if (steps_ == 0) {
+      next_ = 0;
+      count_ = 0;
+      start_product(product);
+    }
+    products_[count_++] = product;
+    steps_ += product.steps();
+  }
+
+  FIL_INLINE int64_t steps() const { return steps_; }
+
+  FIL_INLINE void step() {
+    if (steps_ == 0) return;
+    Tiles::fence();
+    if (products_[next_].rows > kAmxRows) {
+      step_of<true>(products_[next_]);
+    } else {
+      step_of<false>(products_[next_]);
+    }
+    Tiles::fence();
+    --steps_;
+  }
+
+  // Does what is left and stores the last sums.
+  FIL_INLINE void finish() {
+    while (steps_ > 0) step();
+    store_sums();
+  }
+
+ private:
+  FIL_INLINE void start_product(const AmxProduct& p) {
+    col_ = 0;
+    d_ = 0;
+    depth_ = round_up(p.depth, kAmxDepth);
+  }
+
+  FIL_INLINE void store_sums() {
+    if (sums_ == nullptr) return;
+    Tiles::fence();
+    float* const below = sums_ + kAmxRows * sums_row_;
+    const int64_t bytes = sums_row_ * int64_t{sizeof(float)};
+    tiles_.store<0>(sums_, bytes);
+    tiles_.store<1>(sums_ + 16, bytes);
+    if (two_rows_) tiles_.store<2>(below, bytes);
+    if (two_rows_) tiles_.store<3>(below + 16, bytes);
+    Tiles::fence();
+    sums_ = nullptr;
+  }
+
+  template <bool two_rows>
+  FIL_INLINE void load_sums(const AmxProduct& p) {
+    float* const c = p.c + col_;
+    float* const below = c + kAmxRows * p.c_row;
+    const int64_t bytes = p.c_row * int64_t{sizeof(float)};
+    if (p.accumulate) {
+      tiles_.load<0>(c, bytes);
+      tiles_.load<1>(c + 16, bytes);
+      if constexpr (two_rows) tiles_.load<2>(below, bytes);
+      if constexpr (two_rows) tiles_.load<3>(below + 16, bytes);
+    } else {
+      tiles_.zero<0>();
+      tiles_.zero<1>();
+      if constexpr (two_rows) tiles_.zero<2>();
+      if constexpr (two_rows) tiles_.zero<3>();
     }
   }
-  tiles.store<0>(c, c_bytes);
-  tiles.store<1>(c + 16, c_bytes);
-  if constexpr (two_rows) tiles.store<2>(c_below, c_bytes);
-  if constexpr (two_rows) tiles.store<3>(c_below + 16, c_bytes);
-}
 
-// C[rows, cols] (+)= A[rows, depth] B[depth, cols] with B packed. rows, at most 32, are rounded up
-// to 16 or 32, cols and depth to multiples of 32: that much of A is read and of C written.
+  template <bool two_rows>
+  FIL_INLINE void step_of(const AmxProduct& p) {
+    if (d_ == 0) {
+      store_sums();
+      load_sums<two_rows>(p);
+    }
+    const int64_t a_bytes = p.a_row * int64_t{sizeof *p.a};
+    const BFloat16* const b = p.b + col_ * p.b_depth + d_ * kAmxRows;
+    tiles_.load<4>(p.a + d_, a_bytes);
+    tiles_.load<6>(b, 64);
+    tiles_.multiply<0, 4, 6>();
+    tiles_.load<7>(b + p.b_depth * kAmxRows, 64);
+    tiles_.multiply<1, 4, 7>();
+    if constexpr (two_rows) {
+      tiles_.load<5>(p.a + kAmxRows * p.a_row + d_, a_bytes);
+      tiles_.multiply<2, 5, 6>();
+      tiles_.multiply<3, 5, 7>();
+    }
+    d_ += kAmxDepth;
+    if (d_ < depth_) return;
+    sums_ = p.c + col_;
+    sums_row_ = p.c_row;
+    two_rows_ = two_rows;
+    d_ = 0;
+    col_ += 2 * kAmxRows;
+    if (col_ < p.cols) return;
+    ++next_;
+    if (next_ < count_) start_product(products_[next_]);
+  }
+
+  Tiles& tiles_;
+  AmxProduct products_[2];
+  int next_ = 0, count_ = 0;
+  int64_t steps_ = 0;
+  int64_t col_ = 0, d_ = 0, depth_ = 0;  // of the product that is next
+  float* sums_ = nullptr;                // where the sums in the tiles belong, once complete
+  int64_t sums_row_ = 0;
+  bool two_rows_ = false;
+};
+
+// A product with nothing between.
 inline void amx_gemm(Tiles& tiles, int64_t rows, int64_t cols, int64_t depth, const BFloat16* a,
                      int64_t a_row, const BFloat16* b, float* c, int64_t c_row, bool accumulate) {
-  depth = round_up(depth, kAmxDepth);
-  Tiles::fence();
-  for (int64_t col = 0; col < cols; col += 2 * kAmxRows) {
-    if (rows > kAmxRows) {
-      tile_block<true>(tiles, depth, a, a_row, b + col * depth, c + col, c_row, accumulate);
-    } else {
-      tile_block<false>(tiles, depth, a, a_row, b + col * depth, c + col, c_row, accumulate);
-    }
-  }
-  Tiles::fence();
+  AmxQueue queue(tiles);
+  queue.add({rows, cols, depth, a, a_row, b, round_up(depth, kAmxDepth), c, c_row, accumulate});
+  queue.finish();
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

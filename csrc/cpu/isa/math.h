@@ -29,10 +29,10 @@ FIL_INLINE V exp2m1_over(V f, double) {
   return p;
 }
 
-// 2^x = scale + scale * fraction with scale a power of two, for x in [minimum exponent, 126].
+// 2^x = scale (1 + f slope) with scale a power of two, for x in [minimum exponent, 126].
 template <class T>
 struct PowerOfTwo {
-  Vector<T> scale, fraction;
+  Vector<T> scale, f, slope;
 };
 
 template <class T>
@@ -42,10 +42,10 @@ FIL_INLINE PowerOfTwo<T> split_exp2(Vector<T> x) {
   const Vector<T> f = x - (rounded - B::kRound);
   Vector<typename B::type> exponent;
   __builtin_memcpy(&exponent, &rounded, sizeof exponent);
-  exponent = (exponent + B::kBias) << B::kMantissa;
+  exponent <<= B::kMantissa;
   Vector<T> scale;
   __builtin_memcpy(&scale, &exponent, sizeof scale);
-  return {scale, f * exp2m1_over(f, T{})};
+  return {scale, f, exp2m1_over(f, T{})};
 }
 
 // 2^x for x <= 126; exactly 1 at 0, so that a row with one key returns V bit for bit; 0 below the
@@ -54,7 +54,7 @@ template <class T>
 FIL_INLINE Vector<T> exp2(Vector<T> x) {
   const Vector<T> lowest = broadcast<T>(BitsOf<T>::kMinExponent);
   const PowerOfTwo<T> p = split_exp2<T>(max(lowest, x));
-  return x < lowest ? Vector<T>{} : (p.fraction + T{1}) * p.scale;
+  return x < lowest ? Vector<T>{} : fma(p.f, p.slope, broadcast<T>(1)) * p.scale;
 }
 
 // tanh(x) = sign(x) -m / (2 + m) and its slope 4 (1 + m) / (2 + m)^2, with m = exp(-2 |x|) - 1.
@@ -65,10 +65,11 @@ FIL_INLINE Vector<T> tanh(Vector<T> x, Vector<T>& slope) {
   const Vector<T> magnitude = x < T{0} ? -x : x;
   const Vector<T> exponent = magnitude * T(-2.88539008177792681471985);  // -2 log2(e)
   const PowerOfTwo<T> p = split_exp2<T>(max(broadcast<T>(BitsOf<T>::kMinExponent), exponent));
-  const Vector<T> m = fma(p.fraction, p.scale, p.scale - T{1});
+  const Vector<T> fraction = p.f * p.slope;
+  const Vector<T> m = fma(fraction, p.scale, p.scale - T{1});
   const Vector<T> inverse = T{1} / (T{2} + m);
   const Vector<T> t = -m * inverse;
-  slope = T{4} * (p.fraction + T{1}) * p.scale * inverse * inverse;
+  slope = T{4} * (fraction + T{1}) * p.scale * inverse * inverse;
   return x < T{0} ? -t : t;
 }
 

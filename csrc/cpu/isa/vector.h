@@ -24,14 +24,15 @@ struct BitsOf;
 template <>
 struct BitsOf<float> {
   using type = int32_t;
-  static constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low mantissa bits
+  // Adding it leaves round(x) + kBias in the low bits.
+  static constexpr float kRound = 0x1.8p23f + 127;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kMinExponent = -126;
 };
 template <>
 struct BitsOf<double> {
   using type = int64_t;
-  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kRound = 0x1.8p52 + 1023;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kMinExponent = -1022;
 };
@@ -63,26 +64,29 @@ FIL_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};
 }
 
-template <class T>
+// Lane i of the result is lane i + distance of v, counted in a circle.
+template <class T, int distance>
+FIL_INLINE Vector<T> rotate_lanes(Vector<T> v) {
+  Vector<typename BitsOf<T>::type> lanes;
+  for (int i = 0; i < kWidth<T>; ++i) lanes[i] = (i + distance) % kWidth<T>;
+  return __builtin_shuffle(v, lanes);
+}
+
+template <class T, int distance = kWidth<T> / 2>
 FIL_INLINE T reduce_sum(Vector<T> v) {
-  T lane[kWidth<T>];
-  store(lane, v);
-  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  v += rotate_lanes<T, distance>(v);
+  if constexpr (distance == 1) return v[0];
+  if constexpr (distance > 1) return reduce_sum<T, distance / 2>(v);
 }
 
 // With NaN among the lanes the result is any of them: the row's sum is NaN then, whatever this
 // says.
-template <class T>
+template <class T, int distance = kWidth<T> / 2>
 FIL_INLINE T reduce_max(Vector<T> v) {
-  T lane[kWidth<T>];
-  store(lane, v);
-  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  }
-  return lane[0];
+  const Vector<T> other = rotate_lanes<T, distance>(v);
+  v = v > other ? v : other;
+  if constexpr (distance == 1) return v[0];
+  if constexpr (distance > 1) return reduce_max<T, distance / 2>(v);
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -141,13 +141,9 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
         mask_is_shared && loaded.begin == part.begin && loaded.end == part.end;
     loaded = part;
     Acc* s = t.s + r * t.s_row + skipped;
-    hides |= finish_scores<Acc>(p, batch, t.rows[r], seen, s, t.bias, bias_is_loaded, nullptr);
-    const int64_t padded = round_up(seen.count, kWidth<Acc>);
-    if (p.unified) {
-      unified_step(s, padded, t.phi[r], t.row_max[r], t.row_sum[r]);
-    } else {
-      softmax_step(s, padded, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row, t.o_row);
-    }
+    hides |= row_probabilities<Acc>(p, batch, seen, r, t, s, t.bias, bias_is_loaded,
+                                    [&](int64_t c, Vector<Acc> e)
+                                        __attribute__((always_inline)) { store<Acc>(s + c, e); });
   }
   return hides;
 }

@@ -1,11 +1,11 @@
 // The forward of many bfloat16 rows with both products on AMX tiles; all else as in
 // attention_fwd.h.
 //
-// A block of keys is packed once, for all rows of the task, which come by 32: S = q k^T of those,
-// 16 KB that stay in the first-level cache, their softmax step in fp32, P rounded to bfloat16, and
-// acc_o
-// += P v. The row sums are of P before it is rounded. Rows up to a multiple of 16 behind the last
-// are computed too, on whatever lies there, and never read.
+// A block of keys is packed once, for all rows of the task, which come in chunks of 32: S = q k^T,
+// its softmax step in fp32, P rounded to bfloat16, acc_o += P v. The tile products of the next
+// chunk's S and of the last one's acc_o run beside the softmax of the one between, in other units
+// of the core. The row sums are of P before it is rounded. Rows up to a multiple of 16 behind the
+// last are computed too, on whatever lies there, and never read.
 #pragma once
 
 #include "cpu/isa/amx_gemm.h"
@@ -21,12 +21,14 @@ struct TileScratch : RowState<float> {
   TileScratch(const AttentionFwdParams& params, void* base) : arena(base) {
     plan = forward_plan<TileScratch>(params);
     const int64_t block_m = round_up(plan.tile.block_m, kMatrixRows), block_n = plan.tile.block_n;
+    head_dim = params.head_dim;
+    head_dim_v = params.head_dim_v;
     q_row = round_up(params.head_dim, kAmxDepth);
     s_row = round_up(block_n, kAmxDepth);
     take(arena, block_m, round_up(params.head_dim_v, 2 * kAmxRows));
     q = arena.take<BFloat16>(block_m * q_row);
-    s = arena.take<float>(kMatrixRows * s_row);
-    p = arena.take<BFloat16>(kMatrixRows * s_row);
+    s = arena.take<float>(2 * kMatrixRows * s_row);
+    p = arena.take<BFloat16>(2 * kMatrixRows * s_row);
     bias = arena.take<float>(s_row);
     k_tiles = arena.take<BFloat16>(s_row * q_row);
     v_tiles = arena.take<BFloat16>(s_row * o_row);
@@ -40,12 +42,19 @@ struct TileScratch : RowState<float> {
     t.q += row * q_row;
     return t;
   }
+  // The same scratch with that one of the buffers for S and P.
+  TileScratch turned(int64_t turn) const {
+    TileScratch t = *this;
+    t.s += turn * kMatrixRows * s_row;
+    t.p += turn * kMatrixRows * s_row;
+    return t;
+  }
   const TileScratch& head(int64_t) const { return *this; }  // a packed task has one
 
   Arena arena;
   CpuForwardPlan plan;
-  int64_t q_row, s_row;  // strides
-  float *s, *bias;       // of 32 rows, as is
+  int64_t head_dim, head_dim_v, q_row, s_row;  // the last two are strides
+  float *s, *bias;                             // two of 32 rows, as are
   BFloat16 *p, *q, *k_tiles, *v_tiles, *staging;
 };
 
@@ -55,28 +64,61 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r, const
   __builtin_memset(row + head_dim, 0, (t.q_row - head_dim) * sizeof *q);
 }
 
-// P of some rows in bfloat16, zero behind the last key.
-FIL_INLINE void round_probabilities(int64_t rows, int64_t count, const TileScratch& t) {
-  const int64_t padded = round_up(count, kWidth<float>), depth = round_up(count, kAmxDepth);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* s = t.s + r * t.s_row;
-    BFloat16* p = t.p + r * t.s_row;
-    for (int64_t c = 0; c < padded; c += kWidth<float>) store_bfloat16(p + c, load(s + c));
-    __builtin_memset(p + padded, 0, (depth - padded) * sizeof *p);
+// Rows of a task whose products run together, and the keys of a block that they see, rounded up.
+struct TileChunk {
+  TileScratch t;
+  int64_t rows, cols;
+  bool finite_only = false;  // the V that they meet has zeros for NaN and inf
+
+  FIL_INLINE AmxProduct scores() const {
+    return {rows, cols, t.head_dim, t.q, t.q_row, t.k_tiles, t.q_row, t.s, t.s_row, false};
   }
+  FIL_INLINE AmxProduct values(const KeyBlock& keys) const {
+    const int64_t depth = round_up(keys.count, kAmxDepth);
+    return {rows, t.head_dim_v, cols, t.p, t.s_row, t.v_tiles, depth, t.acc_o, t.o_row, true};
+  }
+};
+
+// The chunk of the first rows from `first` on that see a key of the block; without rows if none do.
+// Queries ascend with the rows.
+FIL_INLINE TileChunk chunk_from(int64_t first, int64_t rows, const KeyBlock& keys,
+                                const TileScratch& all) {
+  for (; first < rows; first += kMatrixRows) {
+    const int64_t count = min_of(rows - first, kMatrixRows);
+    if (all.rows[first].visible.begin >= keys.first + keys.count) break;
+    const int64_t seen = all.rows[first + count - 1].visible.end - keys.first;
+    if (seen <= 0) continue;
+    return {all.from(first), count, min_of(round_up(seen, kAmxDepth), keys.count)};
+  }
+  return {all, 0, 0};
+}
+
+// P of one row in bfloat16, zero behind the last key. Returns whether a key is hidden from it.
+FIL_INLINE bool tile_row(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
+                         int64_t r, const TileScratch& t, bool bias_is_loaded) {
+  BFloat16* to = t.p + r * t.s_row;
+  const bool hides =
+      row_probabilities<float>(p, batch, keys, r, t, t.s + r * t.s_row, t.bias, bias_is_loaded,
+                               [&](int64_t c, Vector<float> e)
+                                   __attribute__((always_inline)) { store_bfloat16(to + c, e); });
+  const int64_t padded = round_up(keys.count, kWidth<float>);
+  __builtin_memset(to + padded, 0, (round_up(keys.count, kAmxDepth) - padded) * sizeof *to);
+  return hides;
 }
 
 // acc_o += P v of the elements of v that are NaN or inf, for the rows that see their keys: with the
 // products of the finite ones, what the products of all would be.
 inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
-                           int64_t rows, const BFloat16* v, const TileScratch& t) {
-  for (int64_t key = 0; key < keys.count; ++key, v += p.v.seqlen) {
+                           const BFloat16* v, const TileChunk& chunk) {
+  const TileScratch& t = chunk.t;
+  for (int64_t key = 0; key < chunk.cols; ++key, v += p.v.seqlen) {
     if (!has_non_finite<float>(1, p.head_dim_v, v, 0)) continue;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < chunk.rows; ++r) {
       if (!sees(p, batch, t.rows[r], keys.at(key))) continue;
+      const float probability = to_float(t.p[r * t.s_row + key]);
       for (int64_t c = 0; c < p.head_dim_v; ++c) {
         const float x = to_float(v[c]);
-        if (x - x != 0) t.acc_o[r * t.o_row + c] += t.s[r * t.s_row + key] * x;
+        if (x - x != 0) t.acc_o[r * t.o_row + c] += probability * x;
       }
     }
   }
@@ -88,26 +130,42 @@ inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t he
   const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.first, head_kv);
   pack_keys(keys.count, p.head_dim, k, p.k.seqlen, all.k_tiles, all.staging);
   pack_values<false>(keys.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+  const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool probed = false, poisoned = false;  // V, once a row does not see all of it
   Tiles tiles(kFullTiles);  // per block: nanoseconds, and no configuration outlives its use
-  for (int64_t first = 0; first < rows; first += kMatrixRows) {
-    const TileScratch t = all.from(first);
-    const int64_t count = min_of(rows - first, kMatrixRows);
-    // Queries ascend with the rows: causal or window may hide the block from all of these.
-    if (t.rows[count - 1].visible.end <= keys.first) continue;
-    if (t.rows[0].visible.begin >= keys.first + keys.count) break;
-    amx_gemm(tiles, count, keys.count, p.head_dim, t.q, t.q_row, t.k_tiles, t.s, t.s_row, false);
-    const bool hides = softmax_block(p, batch, keys, count, t, Whole{keys.count});
+  AmxQueue queue(tiles);
+  TileChunk before{all, 0, 0}, now = chunk_from(0, rows, keys, all);
+  int64_t first = 0, turn = 0;  // of two buffers for S and P
+  const auto finish_values = [&] {
+    queue.finish();
+    if (before.finite_only) add_non_finite(p, batch, keys, v, before);
+  };
+  if (now.rows > 0) queue.add(now.scores());
+  queue.finish();
+  while (now.rows > 0) {
+    first = now.t.rows - all.rows;
+    TileChunk next = chunk_from(first + kMatrixRows, rows, keys, all.turned(turn ^= 1));
+    if (next.rows > 0) queue.add(next.scores());
+    if (before.rows > 0) queue.add(before.values(keys));
+    const int64_t steps = ceil_div(queue.steps(), now.rows);
+    const KeyBlock seen{keys.first, now.cols};
+    bool hides = false;
+    for (int64_t r = 0; r < now.rows; ++r) {
+      for (int64_t i = 0; i < steps; ++i) queue.step();
+      hides |= tile_row(p, batch, seen, r, now.t, mask_is_shared && r > 0);
+    }
+    finish_values();
     if (hides && !probed) {
       probed = true;
       poisoned = has_non_finite<float>(keys.count, p.head_dim_v, v, p.v.seqlen);
-      if (poisoned) pack_values<true>(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_tiles);
+      if (poisoned) pack_values<true>(keys.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
     }
-    round_probabilities(count, keys.count, t);
-    amx_gemm(tiles, count, p.head_dim_v, keys.count, t.p, t.s_row, t.v_tiles, t.acc_o, t.o_row,
-             true);
-    if (poisoned) add_non_finite(p, batch, keys, count, v, t);
+    now.finite_only = poisoned;
+    before = now;
+    now = next;
   }
+  if (before.rows > 0) queue.add(before.values(keys));
+  finish_values();
 }
 
 // Few rows read K and V in place, on vectors: the level below does.

@@ -1,42 +1,93 @@
-// The online softmax of one row of scores.
+// One row of scores becomes unnormalised probabilities: a step of the softmax, online or with a
+// unified maximum.
 #pragma once
 
 #include "cpu/isa/math.h"
+#include "cpu/kernels/row_state.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
-// x[count] <- 2^(x - base); returns the sum.
+// The base is raised, and the accumulator rescaled, only when the maximum grew by more than 2^8:
+// until then probabilities up to 2^8 are as exact, and the factor is exactly 1.
 template <class Acc>
-FIL_INLINE Acc exp2_row(Acc* x, int64_t padded, Acc base) {
-  Vector<Acc> sum = {};
-  for (int64_t c = 0; c < padded; c += kWidth<Acc>) {
-    const Vector<Acc> e = exp2<Acc>(load(x + c) - base);
-    store(x + c, e);
-    sum += e;
-  }
-  return reduce_sum<Acc>(sum);
+FIL_INLINE void raise_base(Acc new_max, Acc& row_max, Acc& row_sum, Acc* acc_o, int64_t o_row) {
+  if (!(new_max > row_max + 8)) return;
+  const Acc factor = exp2<Acc>(broadcast<Acc>(row_max - new_max))[0];
+  row_sum *= factor;
+  for (int64_t c = 0; c < o_row; c += kWidth<Acc>) store<Acc>(acc_o + c, load(acc_o + c) * factor);
+  row_max = new_max;
 }
 
-// One online softmax step of one row: s becomes the unnormalised probabilities. The accumulator is
-// rescaled only when the maximum grew by more than 2^8; until then probabilities up to 2^8 are as
-// exact, and the factor is exactly 1.
-template <class Acc>
-FIL_INLINE void softmax_step(Acc* s, int64_t padded, Acc& row_max, Acc& row_sum, Acc* acc_o,
-                             int64_t o_row) {
-  Vector<Acc> block_max = load(s);
+// x[padded] raw scores, of which scale makes units of log2; put(c, probabilities) takes them a
+// vector at a time, in order.
+template <class Acc, class Put>
+FIL_INLINE void softmax_step(const Acc* x, int64_t padded, Acc scale, int64_t r,
+                             const RowState<Acc>& t, const Put& put) {
+  Vector<Acc> block_max = load(x);
   for (int64_t c = kWidth<Acc>; c < padded; c += kWidth<Acc>)
-    block_max = max(block_max, load(s + c));
-  const Acc new_max = reduce_max<Acc>(block_max);
-  if (new_max > row_max + 8) {
-    const Acc factor = exp2<Acc>(broadcast<Acc>(row_max - new_max))[0];
-    row_sum *= factor;
-    for (int64_t c = 0; c < o_row; c += kWidth<Acc>)
-      store<Acc>(acc_o + c, load(acc_o + c) * factor);
-    row_max = new_max;
-  }
+    block_max = max(block_max, load(x + c));
+  raise_base(reduce_max<Acc>(block_max) * scale, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row,
+             t.o_row);
   // No key seen so far: all scores are -inf, and any finite base keeps them at probability 0.
-  const Acc base = row_max == Acc(-__builtin_inf()) ? Acc(0) : row_max;
-  row_sum += exp2_row(s, padded, base);
+  const Acc base = t.row_max[r] == Acc(-__builtin_inf()) ? Acc(0) : t.row_max[r];
+  Vector<Acc> sum = {};
+  for (int64_t c = 0; c < padded; c += kWidth<Acc>) {
+    const Vector<Acc> e = exp2<Acc>(load(x + c) * scale - base);
+    put(c, e);
+    sum += e;
+  }
+  t.row_sum[r] += reduce_sum<Acc>(sum);
+}
+
+// The same on a phi that never moves. A score so high that the exponential has no value gives an
+// arbitrary one: row_max will tell.
+template <class Acc, class Put>
+FIL_INLINE void unified_step(const Acc* x, int64_t padded, Acc scale, int64_t r,
+                             const RowState<Acc>& t, const Put& put) {
+  const Acc phi = t.phi[r];
+  Vector<Acc> block_max = load(x);
+  Vector<Acc> sum = {};
+  for (int64_t c = 0; c < padded; c += kWidth<Acc>) {
+    const Vector<Acc> at = load(x + c);
+    block_max = max(block_max, at);
+    const Vector<Acc> e = exp2<Acc>(at * scale - phi);
+    put(c, e);
+    sum += e;
+  }
+  t.row_max[r] = max_of(t.row_max[r], reduce_max<Acc>(block_max) * scale);
+  t.row_sum[r] += reduce_sum<Acc>(sum);
+}
+
+// Raw products s of row r with the keys of a block -> probabilities, up to a whole vector. Returns
+// whether a key of the block is hidden from the row. `bias` as in finish_scores.
+template <class Acc, class Put>
+FIL_INLINE bool row_probabilities(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
+                                  int64_t r, const RowState<Acc>& t, Acc* s, Acc* bias,
+                                  bool bias_is_loaded, const Put& put) {
+  const KeyRange visible = t.rows[r].visible;
+  const int64_t padded = round_up(keys.count, kWidth<Acc>);
+  // Most rows see a block from its first key on and change their scores by the scale alone, which
+  // needs no pass of its own. A scale that turned their order would.
+  const bool from_first = visible.begin <= keys.first && visible.end > keys.first;
+  const bool plain = p.softcap == 0 && p.mask.type == MaskType::kNone && p.softmax_scale > 0 &&
+                     (keys.apart == 1 ? from_first : keys.within(visible));
+  bool hides;
+  Acc scale = 1;
+  if (plain) {
+    const int64_t seen =
+        keys.apart == 1 ? min_of(visible.end - keys.first, keys.count) : keys.count;
+    for (int64_t c = seen; c < padded; ++c) s[c] = Acc(-__builtin_inf());
+    hides = seen < keys.count;
+    scale = Acc(p.softmax_scale * kLog2e);
+  } else {
+    hides = finish_scores<Acc>(p, batch, t.rows[r], keys, s, bias, bias_is_loaded, nullptr);
+  }
+  if (p.unified) {
+    unified_step(s, padded, scale, r, t, put);
+  } else {
+    softmax_step(s, padded, scale, r, t, put);
+  }
+  return hides;
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

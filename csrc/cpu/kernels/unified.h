@@ -15,23 +15,6 @@ FIL_INLINE Acc phi_log2(const AttentionFwdParams& p, int64_t head) {
   return phi - phi == 0 ? phi : kLargest<Acc>;
 }
 
-// One block of keys of one row: s becomes exp2(s - phi). A score so high that the exponential has
-// no value gives an arbitrary one: row_max will tell.
-template <class Acc>
-FIL_INLINE void unified_step(Acc* s, int64_t padded, Acc phi, Acc& row_max, Acc& row_sum) {
-  Vector<Acc> block_max = load(s);
-  Vector<Acc> sum = {};
-  for (int64_t c = 0; c < padded; c += kWidth<Acc>) {
-    const Vector<Acc> x = load(s + c);
-    block_max = max(block_max, x);
-    const Vector<Acc> e = exp2<Acc>(x - phi);
-    store(s + c, e);
-    sum += e;
-  }
-  row_max = max_of(row_max, reduce_max<Acc>(block_max));
-  row_sum += reduce_sum<Acc>(sum);
-}
-
 // A row after its last key.
 template <class Acc>
 struct UnifiedRow {
