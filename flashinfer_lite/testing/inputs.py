@@ -20,8 +20,8 @@ LAYOUTS = ("contiguous", "fused", "bhsd", "sbhd", "padded", "misaligned", "capac
 
 
 def on_device(x, device):
-    """x there, if it is a tensor of the CPU, with its own strides: `Tensor.to` packs what has gaps or
-    overlaps. Anything else as it is."""
+    """A tensor of the CPU there, with its own strides: `Tensor.to` packs what has gaps or overlaps.
+    Anything else as it is."""
     if not torch.is_tensor(x) or x.device.type != "cpu":
         return x
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
