@@ -334,8 +334,9 @@ def mbarrier_test_wait():
 
 def tma_load():
     """A box of 8 rows of 32 words: c0 counts columns, c1 rows, outside of the matrix is zero. The
-    128-byte swizzle moves the 16-byte piece at column j of row r to column j xor r % 8."""
-    corners = [(5, 3), (32, 15), (-6, -2)]
+    128-byte swizzle moves the 16-byte piece at column j of row r to column j xor r % 8. The first
+    column lies on 16 bytes: an H200 calls anything else an illegal instruction."""
+    corners = [(4, 3), (32, 15), (-8, -2)]
     rows, cols = 20, 48
     matrix = distinct(rows * cols).reshape(rows, cols)
     padded = np.zeros((rows + 64, cols + 64), dtype=np.uint32)
