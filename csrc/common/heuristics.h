@@ -39,11 +39,13 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
   const bool pack = p.rows >= 12;
   if (pack && p.matrix_tiles) {
     // Products are over so soon that packing wants many rows to pay for it, in row blocks of one
-    // size for the threads' sake. Only 32 rows of S exist at a time: with the rest in 16 bits and
-    // an fp32 accumulator, 256 x 128 at head_dim 128 is 0.28 MB.
-    const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 256));
+    // size for the threads' sake. K and V pass once for every 32 rows, from a second-level cache:
+    // half a megabyte of them, beside 0.4 of Q and the accumulator at head_dim 128.
+    const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 512));
     const int64_t block_m = ceil_div(even, kMatrixRows) * kMatrixRows;
-    return {{std::min(p.rows, block_m), 128}, true, 1};
+    const int64_t keys = (int64_t{1} << 18) / std::max<int64_t>(p.head_dim + p.head_dim_v, 1);
+    const int64_t block_n = std::clamp<int64_t>(keys / 128 * 128, 128, 2048);
+    return {{std::min(p.rows, block_m), block_n}, true, 1};
   }
   // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
   // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the

@@ -141,9 +141,8 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
         mask_is_shared && loaded.begin == part.begin && loaded.end == part.end;
     loaded = part;
     Acc* s = t.s + r * t.s_row + skipped;
-    hides |= row_probabilities<Acc>(p, batch, seen, r, t, s, t.bias, bias_is_loaded,
-                                    [&](int64_t c, Vector<Acc> e)
-                                        __attribute__((always_inline)) { store<Acc>(s + c, e); });
+    hides |=
+        row_probabilities<Acc>(p, batch, seen, r, t, s, t.bias, bias_is_loaded, InPlace<Acc>{s});
   }
   return hides;
 }

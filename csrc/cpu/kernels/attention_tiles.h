@@ -1,17 +1,20 @@
 // The forward of many bfloat16 rows with both products on AMX tiles; all else as in
 // attention_fwd.h.
 //
-// A block of keys is packed once, for all rows of the task, which come in chunks of 32: S = q k^T,
-// its softmax step in fp32, P rounded to bfloat16, acc_o += P v. The tile products of the next
-// chunk's S and of the last one's acc_o run beside the softmax of the one between, in other units
-// of the core. The row sums are of P before it is rounded. Rows up to a multiple of 16 behind the
-// last are computed too, on whatever lies there, and never read.
+// A long block of keys is packed once, for all rows of the task. These come by 32 and pass along
+// the block in units of kTileKeys keys: S = q k^T, its softmax step in fp32, P rounded to bfloat16,
+// acc_o += P v. What a unit needs but for K and V stays in the first-level cache. The tile products
+// of the next unit's S and of the last one's acc_o run beside the softmax of the one between, in
+// another part of the core. The row sums are of P before it is rounded. Rows up to a multiple of 16
+// behind the last are computed too, on whatever lies there, and never read.
 #pragma once
 
 #include "cpu/isa/amx_gemm.h"
 #include "cpu/kernels/attention_fwd.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+constexpr int64_t kTileKeys = 64;  // of a unit
 
 struct TileScratch : RowState<float> {
   using Element = BFloat16;
@@ -24,14 +27,14 @@ struct TileScratch : RowState<float> {
     head_dim = params.head_dim;
     head_dim_v = params.head_dim_v;
     q_row = round_up(params.head_dim, kAmxDepth);
-    s_row = round_up(block_n, kAmxDepth);
+    s_row = kTileKeys;
     take(arena, block_m, round_up(params.head_dim_v, 2 * kAmxRows));
     q = arena.take<BFloat16>(block_m * q_row);
     s = arena.take<float>(2 * kMatrixRows * s_row);
     p = arena.take<BFloat16>(2 * kMatrixRows * s_row);
     bias = arena.take<float>(s_row);
-    k_tiles = arena.take<BFloat16>(s_row * q_row);
-    v_tiles = arena.take<BFloat16>(s_row * o_row);
+    k_tiles = arena.take<BFloat16>(round_up(block_n, kAmxDepth) * q_row);
+    v_tiles = arena.take<BFloat16>(round_up(block_n, kAmxDepth) * o_row);
     staging = arena.take<BFloat16>(kAmxRows * q_row);
   }
 
@@ -54,6 +57,7 @@ struct TileScratch : RowState<float> {
   Arena arena;
   CpuForwardPlan plan;
   int64_t head_dim, head_dim_v, q_row, s_row;  // the last two are strides
+  int64_t v_depth = 0;                         // keys of the block, as V is packed
   float *s, *bias;                             // two of 32 rows, as are
   BFloat16 *p, *q, *k_tiles, *v_tiles, *staging;
 };
@@ -64,57 +68,77 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r, const
   __builtin_memset(row + head_dim, 0, (t.q_row - head_dim) * sizeof *q);
 }
 
-// Rows of a task whose products run together, and the keys of a block that they see, rounded up.
-struct TileChunk {
-  TileScratch t;
-  int64_t rows, cols;
+// 32 rows of a task and up to kTileKeys keys of a packed block: the unit of work, whose products
+// run beside the softmax of its neighbours.
+struct TileUnit {
+  TileScratch t;  // from its first row on
+  int64_t first_row;
+  int64_t rows;              // 0: there is none
+  int64_t first_key;         // in the block
+  KeyBlock keys;             // that its rows see, rounded up
   bool finite_only = false;  // the V that they meet has zeros for NaN and inf
 
   FIL_INLINE AmxProduct scores() const {
-    return {rows, cols, t.head_dim, t.q, t.q_row, t.k_tiles, t.q_row, t.s, t.s_row, false};
+    return {rows,    keys.count, t.head_dim, t.q,  t.q_row, t.k_tiles + first_key * t.q_row,
+            t.q_row, t.s,        t.s_row,    false};
   }
-  FIL_INLINE AmxProduct values(const KeyBlock& keys) const {
-    const int64_t depth = round_up(keys.count, kAmxDepth);
-    return {rows, t.head_dim_v, cols, t.p, t.s_row, t.v_tiles, depth, t.acc_o, t.o_row, true};
+  FIL_INLINE AmxProduct values() const {
+    return {rows,      t.head_dim_v, keys.count, t.p, t.s_row, t.v_tiles + first_key * kAmxRows,
+            t.v_depth, t.acc_o,      t.o_row,    true};
   }
 };
 
-// The chunk of the first rows from `first` on that see a key of the block; without rows if none do.
-// Queries ascend with the rows.
-FIL_INLINE TileChunk chunk_from(int64_t first, int64_t rows, const KeyBlock& keys,
-                                const TileScratch& all) {
-  for (; first < rows; first += kMatrixRows) {
-    const int64_t count = min_of(rows - first, kMatrixRows);
-    if (all.rows[first].visible.begin >= keys.first + keys.count) break;
-    const int64_t seen = all.rows[first + count - 1].visible.end - keys.first;
-    if (seen <= 0) continue;
-    return {all.from(first), count, min_of(round_up(seen, kAmxDepth), keys.count)};
+// The unit of the rows from first_row on and the keys from first_key on, or the next behind it.
+// Queries ascend with the rows: causal or window hide the first or last units of each 32.
+FIL_INLINE TileUnit unit_from(int64_t first_row, int64_t first_key, int64_t rows,
+                              const KeyBlock& block, const TileScratch& all) {
+  for (; first_row < rows; first_row += kMatrixRows, first_key = 0) {
+    const int64_t count = min_of(rows - first_row, kMatrixRows);
+    const int64_t begin = all.rows[first_row].visible.begin - block.first;
+    const int64_t end =
+        min_of(all.rows[first_row + count - 1].visible.end - block.first, block.count);
+    first_key = max_of(first_key, begin / kTileKeys * kTileKeys);
+    if (first_key >= end) continue;
+    const int64_t seen = min_of(round_up(end - first_key, kAmxDepth), block.count - first_key);
+    const KeyBlock keys{block.first + first_key, min_of(seen, kTileKeys)};
+    return {all.from(first_row), first_row, count, first_key, keys};
   }
-  return {all, 0, 0};
+  return {all, 0, 0, 0, block};
 }
 
-// P of one row in bfloat16, zero behind the last key. Returns whether a key is hidden from it.
-FIL_INLINE bool tile_row(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
-                         int64_t r, const TileScratch& t, bool bias_is_loaded) {
+// Where P of a row goes: rounded to bfloat16. settle() finishes the products that are on their way
+// to the row's accumulator.
+struct RoundedRow {
+  BFloat16* to;
+  AmxQueue* pending;  // or none
+  FIL_INLINE void operator()(int64_t c, Vector<float> e) const { store_bfloat16(to + c, e); }
+  FIL_INLINE void settle() const {
+    if (pending != nullptr) pending->finish();
+  }
+};
+
+// P of one row, zero behind the last key. Returns whether a key is hidden from it.
+FIL_INLINE bool tile_row(const AttentionFwdParams& p, int64_t batch, const TileUnit& unit,
+                         int64_t r, bool bias_is_loaded, AmxQueue* pending) {
+  const TileScratch& t = unit.t;
+  const int64_t count = unit.keys.count, padded = round_up(count, kWidth<float>);
   BFloat16* to = t.p + r * t.s_row;
-  const bool hides =
-      row_probabilities<float>(p, batch, keys, r, t, t.s + r * t.s_row, t.bias, bias_is_loaded,
-                               [&](int64_t c, Vector<float> e)
-                                   __attribute__((always_inline)) { store_bfloat16(to + c, e); });
-  const int64_t padded = round_up(keys.count, kWidth<float>);
-  __builtin_memset(to + padded, 0, (round_up(keys.count, kAmxDepth) - padded) * sizeof *to);
+  const bool hides = row_probabilities<float>(p, batch, unit.keys, r, t, t.s + r * t.s_row, t.bias,
+                                              bias_is_loaded, RoundedRow{to, pending});
+  __builtin_memset(to + padded, 0, (round_up(count, kAmxDepth) - padded) * sizeof *to);
   return hides;
 }
 
 // acc_o += P v of the elements of v that are NaN or inf, for the rows that see their keys: with the
 // products of the finite ones, what the products of all would be.
-inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
-                           const BFloat16* v, const TileChunk& chunk) {
-  const TileScratch& t = chunk.t;
-  for (int64_t key = 0; key < chunk.cols; ++key, v += p.v.seqlen) {
+inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
+                           const TileUnit& unit) {
+  const TileScratch& t = unit.t;
+  for (int64_t key = 0; key < unit.keys.count; ++key) {
+    const BFloat16* v = element_of<BFloat16>(p.v, batch, unit.keys.at(key), head_kv);
     if (!has_non_finite<float>(1, p.head_dim_v, v, 0)) continue;
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      if (!sees(p, batch, t.rows[r], keys.at(key))) continue;
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      if (!sees(p, batch, t.rows[r], unit.keys.at(key))) continue;
       const float probability = to_float(t.p[r * t.s_row + key]);
       for (int64_t c = 0; c < p.head_dim_v; ++c) {
         const float x = to_float(v[c]);
@@ -125,47 +149,48 @@ inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, const Key
 }
 
 inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
-                          const KeyBlock& keys, int64_t rows, const TileScratch& all) {
-  const BFloat16* k = element_of<BFloat16>(p.k, batch, keys.first, head_kv);
-  const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.first, head_kv);
-  pack_keys(keys.count, p.head_dim, k, p.k.seqlen, all.k_tiles, all.staging);
-  pack_values<false>(keys.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+                          const KeyBlock& block, int64_t rows, TileScratch all) {
+  const BFloat16* k = element_of<BFloat16>(p.k, batch, block.first, head_kv);
+  const BFloat16* v = element_of<BFloat16>(p.v, batch, block.first, head_kv);
+  pack_keys(block.count, p.head_dim, k, p.k.seqlen, all.k_tiles, all.staging);
+  pack_values<false>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+  all.v_depth = round_up(block.count, kAmxDepth);
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool probed = false, poisoned = false;  // V, once a row does not see all of it
   Tiles tiles(kFullTiles);  // per block: nanoseconds, and no configuration outlives its use
   AmxQueue queue(tiles);
-  TileChunk before{all, 0, 0}, now = chunk_from(0, rows, keys, all);
-  int64_t first = 0, turn = 0;  // of two buffers for S and P
-  const auto finish_values = [&] {
+  int64_t turn = 0;  // of two buffers for S and P
+  TileUnit before{all, 0, 0, 0, block}, now = unit_from(0, 0, rows, block, all);
+  const auto finish = [&] {
     queue.finish();
-    if (before.finite_only) add_non_finite(p, batch, keys, v, before);
+    if (before.rows > 0 && before.finite_only) add_non_finite(p, batch, head_kv, before);
   };
   if (now.rows > 0) queue.add(now.scores());
   queue.finish();
   while (now.rows > 0) {
-    first = now.t.rows - all.rows;
-    TileChunk next = chunk_from(first + kMatrixRows, rows, keys, all.turned(turn ^= 1));
+    const TileUnit next =
+        unit_from(now.first_row, now.first_key + kTileKeys, rows, block, all.turned(turn ^= 1));
     if (next.rows > 0) queue.add(next.scores());
-    if (before.rows > 0) queue.add(before.values(keys));
-    const int64_t steps = ceil_div(queue.steps(), now.rows);
-    const KeyBlock seen{keys.first, now.cols};
+    if (before.rows > 0) queue.add(before.values());
+    const bool same_rows = before.rows > 0 && before.first_row == now.first_row;
+    const int64_t steps = queue.steps();
     bool hides = false;
     for (int64_t r = 0; r < now.rows; ++r) {
-      for (int64_t i = 0; i < steps; ++i) queue.step();
-      hides |= tile_row(p, batch, seen, r, now.t, mask_is_shared && r > 0);
+      while (queue.steps() > 0 && (steps - queue.steps()) * now.rows <= r * steps) queue.step();
+      hides |= tile_row(p, batch, now, r, mask_is_shared && r > 0, same_rows ? &queue : nullptr);
     }
-    finish_values();
+    finish();
     if (hides && !probed) {
       probed = true;
-      poisoned = has_non_finite<float>(keys.count, p.head_dim_v, v, p.v.seqlen);
-      if (poisoned) pack_values<true>(keys.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+      poisoned = has_non_finite<float>(block.count, p.head_dim_v, v, p.v.seqlen);
+      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
     }
-    now.finite_only = poisoned;
     before = now;
+    before.finite_only = poisoned;
     now = next;
   }
-  if (before.rows > 0) queue.add(before.values(keys));
-  finish_values();
+  if (before.rows > 0) queue.add(before.values());
+  finish();
 }
 
 // Few rows read K and V in place, on vectors: the level below does.

@@ -9,25 +9,27 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
 // The base is raised, and the accumulator rescaled, only when the maximum grew by more than 2^8:
 // until then probabilities up to 2^8 are as exact, and the factor is exactly 1.
-template <class Acc>
-FIL_INLINE void raise_base(Acc new_max, Acc& row_max, Acc& row_sum, Acc* acc_o, int64_t o_row) {
-  if (!(new_max > row_max + 8)) return;
-  const Acc factor = exp2<Acc>(broadcast<Acc>(row_max - new_max))[0];
-  row_sum *= factor;
-  for (int64_t c = 0; c < o_row; c += kWidth<Acc>) store<Acc>(acc_o + c, load(acc_o + c) * factor);
-  row_max = new_max;
+template <class Acc, class Put>
+FIL_INLINE void raise_base(Acc new_max, int64_t r, const RowState<Acc>& t, const Put& put) {
+  if (!(new_max > t.row_max[r] + 8)) return;
+  put.settle();
+  const Acc factor = exp2<Acc>(broadcast<Acc>(t.row_max[r] - new_max))[0];
+  t.row_sum[r] *= factor;
+  Acc* acc_o = t.acc_o + r * t.o_row;
+  for (int64_t c = 0; c < t.o_row; c += kWidth<Acc>)
+    store<Acc>(acc_o + c, load(acc_o + c) * factor);
+  t.row_max[r] = new_max;
 }
 
-// x[padded] raw scores, of which scale makes units of log2; put(c, probabilities) takes them a
-// vector at a time, in order.
+// x[padded] raw scores, of which scale makes units of log2. put(c, probabilities) takes them a
+// vector at a time, in order; put.settle() is called before acc_o changes.
 template <class Acc, class Put>
 FIL_INLINE void softmax_step(const Acc* x, int64_t padded, Acc scale, int64_t r,
                              const RowState<Acc>& t, const Put& put) {
   Vector<Acc> block_max = load(x);
   for (int64_t c = kWidth<Acc>; c < padded; c += kWidth<Acc>)
     block_max = max(block_max, load(x + c));
-  raise_base(reduce_max<Acc>(block_max) * scale, t.row_max[r], t.row_sum[r], t.acc_o + r * t.o_row,
-             t.o_row);
+  raise_base(reduce_max<Acc>(block_max) * scale, r, t, put);
   // No key seen so far: all scores are -inf, and any finite base keeps them at probability 0.
   const Acc base = t.row_max[r] == Acc(-__builtin_inf()) ? Acc(0) : t.row_max[r];
   Vector<Acc> sum = {};
@@ -57,6 +59,14 @@ FIL_INLINE void unified_step(const Acc* x, int64_t padded, Acc scale, int64_t r,
   t.row_max[r] = max_of(t.row_max[r], reduce_max<Acc>(block_max) * scale);
   t.row_sum[r] += reduce_sum<Acc>(sum);
 }
+
+// Where the probabilities of a row go whose accumulator holds all that came before.
+template <class Acc>
+struct InPlace {
+  Acc* s;
+  FIL_INLINE void operator()(int64_t c, Vector<Acc> e) const { store<Acc>(s + c, e); }
+  FIL_INLINE void settle() const {}
+};
 
 // Raw products s of row r with the keys of a block -> probabilities, up to a whole vector. Returns
 // whether a key of the block is hidden from the row. `bias` as in finish_scores.
