@@ -65,6 +65,7 @@ DEFECTS = {
         "destination misaligned": "misaligned uninit-shared",
         "destination beyond the end": "oob-shared deadlock",
         "not a tensor map": "fault",
+        "column off 16 bytes": "fault",
         "map longer than its buffer": "oob-global deadlock",
     },
     "tma_ring": {

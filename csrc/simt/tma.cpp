@@ -92,6 +92,10 @@ void tma_load_2d(uint32_t destination, const void* map, int column, int row, uin
   const uint64_t source_bytes =
       (load.map.size[1] - 1) * load.map.row_stride + load.map.size[0] * load.map.element_bytes;
   if (!check_global_bounds(load.map.base, source_bytes, false, site)) return;
+  if (int64_t{column} * load.map.element_bytes % 16 != 0) {  // as an H200 was seen to
+    fatal(Kind::kFault, site, "illegal instruction: column %d of a TMA box is not on 16 bytes",
+          column);
+  }
   const uint32_t alignment = load.map.swizzle_bytes == 128 ? 1024 : 128;
   if (destination % alignment != 0) {
     report(Kind::kMisaligned, site, "the TMA destination %u is not aligned to %u bytes",

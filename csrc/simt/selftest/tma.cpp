@@ -28,7 +28,7 @@ void issue_loads(const Params& p, uint32_t barrier) {
   if (p.is("map longer than its buffer")) map = &p.map_too_long;
   arch::mbarrier_arrive_expect_tx(barrier, expected_bytes(p));
   if (p.is("arrives twice")) arch::mbarrier_arrive(barrier);
-  arch::tma_load_2d(word_address(0), map, 0, 0, barrier);
+  arch::tma_load_2d(word_address(0), map, p.is("column off 16 bytes") ? 2 : 0, 0, barrier);
   arch::tma_load_2d(second_box(p), map, 0, kBoxRows, barrier);
   if (p.is("overwritten in flight")) arch::sts(word_address(0), 0u);
 }
