@@ -29,7 +29,9 @@ KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan 
 # Rows of x by rows of the weight, both at most, of a block on the CPU.
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
-# Levels with kernels of their own for a forward of many rows in bfloat16, and what runs the rest.
+FLAT_TILES_AMX = {"flat_gemm": (64, 32)}
+# Levels with kernels of their own in bfloat16, for a forward of many rows and flat_gemm, and what
+# runs the rest.
 LEVEL_BELOW = {"amx": "avx512", "amx-emulated": "avx2"}
 MIN_PACKED_ROWS = 12  # cpu_forward_plan
 
@@ -148,8 +150,12 @@ def _explain_flat_linear(*args, **kwargs):
     if x.device.type != "cpu":
         return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
     isa, levels = _levels(x.device)
-    isa = LEVEL_BELOW.get(isa, isa)
-    tiles = FLAT_TILES_AVX512 if isa == "avx512" else FLAT_TILES
+    tiles = FLAT_TILES_AMX
+    if isa not in LEVEL_BELOW or chosen != "flat_gemm" or x.dtype != torch.bfloat16:
+        levels[f"cpu {isa}"] = "only flat_gemm in bfloat16 runs there"
+        isa = LEVEL_BELOW.get(isa, isa)
+        levels.pop(f"cpu {isa}", None)
+        tiles = FLAT_TILES_AVX512 if isa == "avx512" else FLAT_TILES
     return Explanation(f"flat_linear {chosen} cpu {isa}", tiles[chosen], 1, rejected | levels)
 
 

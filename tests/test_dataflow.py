@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashinfer_lite import dataflow, explain
 from flashinfer_lite.dataflow import Entry, Table, TableError
 from flashinfer_lite.dataflow.choice import DEFAULTS
+from flashinfer_lite.testing import EMULATED, force_isa, isa_levels
 
 # The table
 
@@ -264,12 +265,30 @@ def test_explicit_load(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("processor", DEFAULTS)
 def test_shipped_defaults(processor, monkeypatch):
-    capability = "AVX512" if "avx512" in processor else "AVX2"
+    level = EMULATED if processor == "cpu amx" else "baseline"
+    if level not in isa_levels(emulated=True):
+        pytest.skip(f"no {level} here")
+    capability = "AVX2" if processor == "cpu" else "AVX512"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    for dtype, shapes in DEFAULTS[processor].items():
-        for (n, k), points in shapes.items():
-            assert 0 <= points[0] <= points[1]
-            assert dataflow.thresholds(processor.split()[0], dtype, n, k) == points
+    with force_isa(level):
+        for dtype, shapes in DEFAULTS[processor].items():
+            for (n, k), points in shapes.items():
+                assert 0 <= points[0] <= points[1]
+                assert dataflow.thresholds(processor.split()[0], dtype, n, k) == points
+
+
+def test_what_amx_does_not_change_has_the_default_without(monkeypatch):
+    if EMULATED not in isa_levels(emulated=True):
+        pytest.skip(f"no {EMULATED} here")
+    for capability, processor in (("AVX2", "cpu"), ("AVX512", "cpu avx512")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        dataflow.unload()
+        with force_isa(EMULATED):
+            for dtype in (torch.float32, torch.float16):
+                (n, k), points = next(iter(DEFAULTS[processor][dtype].items()))
+                assert dataflow.thresholds("cpu", dtype, n, k) == points
+            chosen = [dataflow.choose("cpu", torch.bfloat16, 64, 64, m) for m in (1, 4, 5, 64)]
+        assert chosen == ["gemv", "gemv", "flat_gemm", "flat_gemm"]
 
 
 def test_what_only_the_vendor_takes():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import flashinfer_lite
 from flashinfer_lite import explain, flat_linear, reference
-from flashinfer_lite.testing import assert_close, assert_same_bits, guarded
+from flashinfer_lite.testing import EMULATED, assert_close, assert_same_bits, guarded
 
 KERNELS = ["gemv", "flat_gemm"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,7 +108,7 @@ def test_only_out_is_written(device, isa, impl):
 
 @pytest.mark.parametrize("impl", [*KERNELS, "reference"])
 def test_leading_dimensions_and_strides(device, isa, impl):
-    x, weight, bias = make(6, 10, 20, torch.float16, device)
+    x, weight, bias = make(6, 10, 20, torch.bfloat16, device)
     expected = flat_linear(x, weight, bias, impl=impl)
 
     def run(x, **options):
@@ -204,11 +204,13 @@ def test_auto_is_one_of_the_choices(device, isa):
 @pytest.mark.cpu_only("names CPU kernels")
 def test_explain(device, isa):
     x, weight, _ = make(3, 64, 96, torch.bfloat16, device)
+    below = {"amx": "avx512", EMULATED: "avx2"}.get(isa, isa)
     for impl in KERNELS:
         chosen = explain("flat_linear", x, weight, impl=impl)
-        level = "avx512" if isa == "amx" else isa
-        assert chosen.kernel == f"flat_linear {impl} cpu {level}"
+        assert chosen.kernel == f"flat_linear {impl} cpu {isa if impl == 'flat_gemm' else below}"
         assert {"vendor", "cuda"} < set(chosen.rejected) and impl not in chosen.rejected
+    chosen = explain("flat_linear", x.half(), weight.half(), impl="flat_gemm")
+    assert chosen.kernel == f"flat_linear flat_gemm cpu {below}"
     chosen = explain("flat_linear", x, weight, batch_invariant=True)
     assert "flat_gemm" in chosen.kernel and "batch_invariant" in chosen.rejected["vendor"]
     with pytest.raises(ValueError, match="^impl: expected"):

@@ -6,11 +6,13 @@ namespace flashinfer_lite {
 namespace {
 
 // Weight rows per task. A task reads several streams, the better the longer they are; but a few
-// tasks per thread even out what else the machine does.
+// tasks per thread even out what else the machine does. Each converts or packs up to 64 rows of x
+// for itself, so it has 16 rows of the weight for each of those.
 int64_t weight_rows_per_task(const FlatLinearParams& p, int64_t threads) {
-  constexpr int64_t kTaskElements = 1 << 18, kMostTasksPerThread = 4;
+  constexpr int64_t kTaskElements = 1 << 18, kMostTasksPerThread = 4, kWeightRows = 16;
   const int64_t elements = p.n * p.k / threads;
-  const int64_t tasks = std::clamp<int64_t>(elements / kTaskElements, 1, kMostTasksPerThread);
+  const int64_t least = std::max(kTaskElements, kWeightRows * std::min<int64_t>(p.m, 64) * p.k);
+  const int64_t tasks = std::clamp<int64_t>(elements / least, 1, kMostTasksPerThread);
   return ceil_div(p.n, threads * tasks);
 }
 

@@ -11,6 +11,7 @@
 
 #include "cpu/isa/amx_gemm.h"
 #include "cpu/kernels/attention_fwd.h"
+#include "cpu/kernels/flat_linear_tiles.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
@@ -208,13 +209,15 @@ struct TileForward {
   }
 };
 
-// The kernels of the level below, but for that forward.
+// The kernels of the level below, but for that forward and flat_gemm.
 template <const KernelTable* (*below)()>
 KernelTable with_tiles() {
   KernelTable table = *below();
   table.bfloat16.forward_plan = forward_plan<TileScratch>;
   table.bfloat16.attention_fwd = {attention_fwd_tasks<TileScratch>, TileForward<below>::scratch,
                                   TileForward<below>::run};
+  table.bfloat16.flat_gemm = {flat_linear_tasks<BFloat16>, flat_gemm_tiles_scratch,
+                              flat_gemm_tiles};
   return table;
 }
 
