@@ -30,10 +30,10 @@ KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan 
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
 FLAT_TILES_AMX = {"flat_gemm": (64, 32)}
-# Levels with kernels of their own in bfloat16, for a forward of many rows and flat_gemm, and what
-# runs the rest.
+# Levels with kernels of their own in bfloat16, for a forward of more than a row and flat_gemm, and
+# what runs the rest.
 LEVEL_BELOW = {"amx": "avx512", "amx-emulated": "avx2"}
-MIN_PACKED_ROWS = 12  # cpu_forward_plan
+MIN_TILE_ROWS = 2  # runs_on_tiles_in_place in csrc/common/heuristics.h
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _explain_cpu(name, q, k, v, longest, splits, invariant):
         q, k, v, KERNELS[name], longest, splits, invariant
     ).tolist()
     isa, rejected = _levels(q.device)
-    if isa in LEVEL_BELOW and (q.dtype != torch.bfloat16 or block_m < MIN_PACKED_ROWS):
-        rejected[f"cpu {isa}"] = f"only {MIN_PACKED_ROWS} rows or more in bfloat16 run there"
+    if isa in LEVEL_BELOW and (q.dtype != torch.bfloat16 or block_m < MIN_TILE_ROWS):
+        rejected[f"cpu {isa}"] = f"only {MIN_TILE_ROWS} rows or more in bfloat16 run there"
         isa = LEVEL_BELOW[isa]
         rejected.pop(f"cpu {isa}", None)
     if isa == "avx512" and q.dtype == torch.float64:

@@ -242,7 +242,7 @@ def test_emulation_is_no_default(device):
 
 
 def test_the_number_of_rows_does_not_change_a_bit(device):
-    # A row block has one size up to 256 rows; beyond, and alone, a row keeps its bits.
+    # Two to 16 rows run in place, others packed, in blocks of at most 512 rows.
     q, k, v = make_qkv(1, 300, 300, 2, 1, 40, dtype=torch.bfloat16)
     with force_isa(EMULATED):
         whole = attention(q, k, v)

@@ -33,10 +33,16 @@ struct CpuForwardProblem {
 };
 
 constexpr int64_t kMatrixRows = 32;  // rows that a matrix unit's kernel takes at a time
+constexpr int64_t kMatrixKeys = 64;  // and keys, in every one: a row's bits depend on this alone
+
+// Rows that a matrix unit's kernel takes without packing K: the columns of one of its registers. A
+// single row would leave it idle for what reading costs anyway.
+constexpr bool runs_on_tiles_in_place(int64_t rows) { return rows >= 2 && rows <= 16; }
 
 inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
+  const bool tiles_in_place = p.matrix_tiles && runs_on_tiles_in_place(p.rows);
   // Below 12 rows a packed tile is not read often enough to pay for packing.
-  const bool pack = p.rows >= 12;
+  const bool pack = p.rows >= 12 && !tiles_in_place;
   if (pack && p.matrix_tiles) {
     // Products are over so soon that packing wants many rows to pay for it, in row blocks of one
     // size for the threads' sake. K and V pass once for every 32 rows, from a second-level cache:
@@ -44,7 +50,7 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
     const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 512));
     const int64_t block_m = ceil_div(even, kMatrixRows) * kMatrixRows;
     const int64_t keys = (int64_t{1} << 18) / std::max<int64_t>(p.head_dim + p.head_dim_v, 1);
-    const int64_t block_n = std::clamp<int64_t>(keys / 128 * 128, 128, 2048);
+    const int64_t block_n = std::clamp<int64_t>(keys / 128, 1, 16) * (2 * kMatrixKeys);
     return {{std::min(p.rows, block_m), block_n}, true, 1};
   }
   // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
@@ -60,6 +66,7 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
       plan.heads_together = std::clamp<int64_t>(heads, 1, std::min(p.num_heads_kv, kMaxHeads));
       if (plan.heads_together > 1) plan.tile.block_n = 64;
     }
+    if (tiles_in_place) plan.tile.block_n = kMatrixKeys;
   }
   plan.tile.block_m = std::clamp<int64_t>(p.rows, 1, plan.tile.block_m);
   return plan;

@@ -30,6 +30,11 @@ inline void pack_keys(int64_t count, int64_t depth, const BFloat16* k, int64_t k
   }
 }
 
+// Into the second-level cache.
+FIL_INLINE void prefetch_row(const BFloat16* row, int64_t count) {
+  for (int64_t c = 0; c < count; c += kAmxDepth) __builtin_prefetch(row + c, 0, 2);
+}
+
 // The first elements of a row, one to a word, zeros for those that are not there.
 template <bool finite_only>
 FIL_INLINE Vector<uint32_t> load_words(const BFloat16* p, int64_t count) {
@@ -48,12 +53,16 @@ FIL_INLINE Vector<uint32_t> load_words(const BFloat16* p, int64_t count) {
   return (words & 0x7f80u) == 0x7f80u ? Vector<uint32_t>{} : words;
 }
 
-// tiles <- B = v [count, cols]: two rows interleaved. finite_only: zeros for NaN and inf.
+// tiles <- B = v [count, cols]: two rows interleaved. finite_only: zeros for NaN and inf. What lies
+// `ahead` elements further, if not 0, will be read next.
 template <bool finite_only>
-void pack_values(int64_t count, int64_t cols, const BFloat16* v, int64_t v_row, BFloat16* tiles) {
+void pack_values(int64_t count, int64_t cols, const BFloat16* v, int64_t v_row, BFloat16* tiles,
+                 int64_t ahead) {
   constexpr int width = kWidth<uint32_t>;
   const int64_t depth = round_up(count, kAmxDepth);
   for (int64_t key = 0; key < depth; key += 2) {
+    if (ahead != 0) prefetch_row(v + key * v_row + ahead, cols);
+    if (ahead != 0) prefetch_row(v + (key + 1) * v_row + ahead, cols);
     for (int64_t c = 0; c < round_up(cols, 2 * kAmxRows); c += width) {
       const int64_t first = key < count ? cols - c : 0, second = key + 1 < count ? cols - c : 0;
       const BFloat16* p = v + key * v_row + c;

@@ -32,12 +32,12 @@ CpuForwardPlan forward_plan(const AttentionParams& p) {
 }
 
 // Of a level that multiplies on vectors. Another scratch that is to serve attention_fwd<> has what
-// is used of this one there, and overloads load_query and attend_packed.
+// is used of this one there, and overloads load_query and attend.
 template <class E>
 struct ForwardScratch : RowState<Accumulator<E>> {
   using Element = E;
   using Acc = Accumulator<Element>;
-  static constexpr bool matrix_tiles = false;  // true: packed blocks only, on a matrix unit
+  static constexpr bool matrix_tiles = false;  // true: on a matrix unit, in blocks side by side
 
   ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
     plan = forward_plan<ForwardScratch>(p);
@@ -224,6 +224,15 @@ void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_h
             });
 }
 
+// One block of keys for all KV heads of the task.
+template <class Element>
+FIL_INLINE void attend(const AttentionFwdParams& p, int64_t batch, int64_t first_head,
+                       int64_t heads, const KeyBlock& keys, int64_t rows,
+                       const ForwardScratch<Element>& t) {
+  if (t.plan.pack) return attend_packed(p, batch, first_head, keys, rows, t);
+  attend_in_place(p, batch, first_head, heads, keys, rows, t);
+}
+
 template <class Element>
 FIL_INLINE void load_query(const Element* q, int64_t head_dim, int64_t r,
                            const ForwardScratch<Element>& t) {
@@ -248,13 +257,13 @@ void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows, const 
 }
 
 // attend(keys) for the blocks of a task's range.
-template <class Attend>
+template <class Scratch, class Attend>
 FIL_INLINE void for_blocks(const CpuForwardPlan& plan, const Visibility& visibility,
                            const KeyRange& range, const Attend& attend) {
   if (range.empty()) return;  // no block is read for rows without keys
   const int64_t block_n = plan.tile.block_n;
   int64_t key = range.begin;
-  if (plan.pack) {
+  if (plan.pack || Scratch::matrix_tiles) {
     key -= (range.begin - visibility.kv_begin) % block_n;
   } else {
     const int64_t length = (range.end - range.begin) / kStepRows, steps = block_n / kStepRows;
@@ -310,12 +319,10 @@ void attention_fwd(const AttentionFwdParams& p, int64_t task, void* scratch) {
     range.begin = max_of(range.begin, split_begin);
     range.end = min_of(range.end, split_begin + p.keys_per_split);
   }
-  for_blocks(t.plan, visibility, range, [&](const KeyBlock& keys) __attribute__((always_inline)) {
-    if constexpr (!Scratch::matrix_tiles) {
-      if (!t.plan.pack) return attend_in_place<Element>(p, batch, first_head, heads, keys, rows, t);
-    }
-    attend_packed(p, batch, first_head, keys, rows, t);
-  });
+  for_blocks<Scratch>(t.plan, visibility, range,
+                      [&](const KeyBlock& keys) __attribute__((always_inline)) {
+                        attend(p, batch, first_head, heads, keys, rows, t);
+                      });
   for (int64_t h = 0; h < heads; ++h) finish_rows<Element>(p, batch, split, rows, t.head(h));
 }
 

@@ -2,20 +2,17 @@
 // attention_fwd.h.
 //
 // A long block of keys is packed once, for all rows of the task. These come by 32 and pass along
-// the block in units of kTileKeys keys: S = q k^T, its softmax step in fp32, P rounded to bfloat16,
-// acc_o += P v. What a unit needs but for K and V stays in the first-level cache. The tile products
-// of the next unit's S and of the last one's acc_o run beside the softmax of the one between, in
-// another part of the core. The row sums are of P before it is rounded. Rows up to a multiple of 16
-// behind the last are computed too, on whatever lies there, and never read.
+// the block in units of kMatrixKeys keys: S = q k^T, its softmax step in fp32, P rounded to
+// bfloat16, acc_o += P v. What a unit needs but for K and V stays in the first-level cache. The
+// tile products of the next unit's S and of the last one's acc_o run beside the softmax of the one
+// between, in another part of the core. The row sums are of P before it is rounded. Rows up to a
+// multiple of 16 behind the last are computed too, on whatever lies there, and never read.
 #pragma once
 
 #include "cpu/isa/amx_gemm.h"
 #include "cpu/kernels/attention_fwd.h"
-#include "cpu/kernels/flat_linear_tiles.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
-
-constexpr int64_t kTileKeys = 64;  // of a unit
 
 struct TileScratch : RowState<float> {
   using Element = BFloat16;
@@ -28,7 +25,7 @@ struct TileScratch : RowState<float> {
     head_dim = params.head_dim;
     head_dim_v = params.head_dim_v;
     q_row = round_up(params.head_dim, kAmxDepth);
-    s_row = kTileKeys;
+    s_row = kMatrixKeys;
     take(arena, block_m, round_up(params.head_dim_v, 2 * kAmxRows));
     q = arena.take<BFloat16>(block_m * q_row);
     s = arena.take<float>(2 * kMatrixRows * s_row);
@@ -69,7 +66,7 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r, const
   __builtin_memset(row + head_dim, 0, (t.q_row - head_dim) * sizeof *q);
 }
 
-// 32 rows of a task and up to kTileKeys keys of a packed block: the unit of work, whose products
+// 32 rows of a task and up to kMatrixKeys keys of a packed block: the unit of work, whose products
 // run beside the softmax of its neighbours.
 struct TileUnit {
   TileScratch t;  // from its first row on
@@ -98,10 +95,10 @@ FIL_INLINE TileUnit unit_from(int64_t first_row, int64_t first_key, int64_t rows
     const int64_t begin = all.rows[first_row].visible.begin - block.first;
     const int64_t end =
         min_of(all.rows[first_row + count - 1].visible.end - block.first, block.count);
-    first_key = max_of(first_key, begin / kTileKeys * kTileKeys);
+    first_key = max_of(first_key, begin / kMatrixKeys * kMatrixKeys);
     if (first_key >= end) continue;
     const int64_t seen = min_of(round_up(end - first_key, kAmxDepth), block.count - first_key);
-    const KeyBlock keys{block.first + first_key, min_of(seen, kTileKeys)};
+    const KeyBlock keys{block.first + first_key, min_of(seen, kMatrixKeys)};
     return {all.from(first_row), first_row, count, first_key, keys};
   }
   return {all, 0, 0, 0, block};
@@ -118,28 +115,28 @@ struct RoundedRow {
   }
 };
 
-// P of one row, zero behind the last key. Returns whether a key is hidden from it.
-FIL_INLINE bool tile_row(const AttentionFwdParams& p, int64_t batch, const TileUnit& unit,
-                         int64_t r, bool bias_is_loaded, AmxQueue* pending) {
-  const TileScratch& t = unit.t;
-  const int64_t count = unit.keys.count, padded = round_up(count, kWidth<float>);
+// P of row r, zero behind the last key. Returns whether a key is hidden from it.
+template <class Scratch>
+FIL_INLINE bool tile_row(const AttentionFwdParams& p, int64_t batch, const KeyBlock& keys,
+                         int64_t r, const Scratch& t, bool bias_is_loaded, AmxQueue* pending) {
+  const int64_t padded = round_up(keys.count, kWidth<float>);
   BFloat16* to = t.p + r * t.s_row;
-  const bool hides = row_probabilities<float>(p, batch, unit.keys, r, t, t.s + r * t.s_row, t.bias,
+  const bool hides = row_probabilities<float>(p, batch, keys, r, t, t.s + r * t.s_row, t.bias,
                                               bias_is_loaded, RoundedRow{to, pending});
-  __builtin_memset(to + padded, 0, (round_up(count, kAmxDepth) - padded) * sizeof *to);
+  __builtin_memset(to + padded, 0, (round_up(keys.count, kAmxDepth) - padded) * sizeof *to);
   return hides;
 }
 
 // acc_o += P v of the elements of v that are NaN or inf, for the rows that see their keys: with the
 // products of the finite ones, what the products of all would be.
-inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
-                           const TileUnit& unit) {
-  const TileScratch& t = unit.t;
-  for (int64_t key = 0; key < unit.keys.count; ++key) {
-    const BFloat16* v = element_of<BFloat16>(p.v, batch, unit.keys.at(key), head_kv);
+template <class Scratch>
+void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
+                    const KeyBlock& keys, int64_t rows, const Scratch& t) {
+  for (int64_t key = 0; key < keys.count; ++key) {
+    const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.at(key), head_kv);
     if (!has_non_finite<float>(1, p.head_dim_v, v, 0)) continue;
-    for (int64_t r = 0; r < unit.rows; ++r) {
-      if (!sees(p, batch, t.rows[r], unit.keys.at(key))) continue;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!sees(p, batch, t.rows[r], keys.at(key))) continue;
       const float probability = to_float(t.p[r * t.s_row + key]);
       for (int64_t c = 0; c < p.head_dim_v; ++c) {
         const float x = to_float(v[c]);
@@ -149,12 +146,13 @@ inline void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t h
   }
 }
 
-inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
-                          const KeyBlock& block, int64_t rows, TileScratch all) {
+// A packed task has one head.
+inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, int64_t,
+                   const KeyBlock& block, int64_t rows, TileScratch all) {
   const BFloat16* k = element_of<BFloat16>(p.k, batch, block.first, head_kv);
   const BFloat16* v = element_of<BFloat16>(p.v, batch, block.first, head_kv);
   pack_keys(block.count, p.head_dim, k, p.k.seqlen, all.k_tiles, all.staging);
-  pack_values<false>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+  pack_values<false>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles, 0);
   all.v_depth = round_up(block.count, kAmxDepth);
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool probed = false, poisoned = false;  // V, once a row does not see all of it
@@ -164,13 +162,14 @@ inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t he
   TileUnit before{all, 0, 0, 0, block}, now = unit_from(0, 0, rows, block, all);
   const auto finish = [&] {
     queue.finish();
-    if (before.rows > 0 && before.finite_only) add_non_finite(p, batch, head_kv, before);
+    if (before.rows == 0 || !before.finite_only) return;
+    add_non_finite(p, batch, head_kv, before.keys, before.rows, before.t);
   };
   if (now.rows > 0) queue.add(now.scores());
   queue.finish();
   while (now.rows > 0) {
     const TileUnit next =
-        unit_from(now.first_row, now.first_key + kTileKeys, rows, block, all.turned(turn ^= 1));
+        unit_from(now.first_row, now.first_key + kMatrixKeys, rows, block, all.turned(turn ^= 1));
     if (next.rows > 0) queue.add(next.scores());
     if (before.rows > 0) queue.add(before.values());
     const bool same_rows = before.rows > 0 && before.first_row == now.first_row;
@@ -178,13 +177,14 @@ inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t he
     bool hides = false;
     for (int64_t r = 0; r < now.rows; ++r) {
       while (queue.steps() > 0 && (steps - queue.steps()) * now.rows <= r * steps) queue.step();
-      hides |= tile_row(p, batch, now, r, mask_is_shared && r > 0, same_rows ? &queue : nullptr);
+      hides |= tile_row(p, batch, now.keys, r, now.t, mask_is_shared && r > 0,
+                        same_rows ? &queue : nullptr);
     }
     finish();
     if (hides && !probed) {
       probed = true;
       poisoned = has_non_finite<float>(block.count, p.head_dim_v, v, p.v.seqlen);
-      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles);
+      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles, 0);
     }
     before = now;
     before.finite_only = poisoned;
@@ -192,33 +192,6 @@ inline void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t he
   }
   if (before.rows > 0) queue.add(before.values());
   finish();
-}
-
-// Few rows read K and V in place, on vectors: the level below does.
-template <const KernelTable* (*below)()>
-struct TileForward {
-  static const Kernel<AttentionFwdParams>& few() { return below()->bfloat16.attention_fwd; }
-
-  static int64_t scratch(const AttentionFwdParams& p) {
-    return forward_plan<TileScratch>(p).pack ? attention_fwd_scratch<TileScratch>(p)
-                                             : few().scratch(p);
-  }
-  static void run(const AttentionFwdParams& p, int64_t task, void* scratch) {
-    if (!forward_plan<TileScratch>(p).pack) return few().run(p, task, scratch);
-    attention_fwd<TileScratch>(p, task, scratch);
-  }
-};
-
-// The kernels of the level below, but for that forward and flat_gemm.
-template <const KernelTable* (*below)()>
-KernelTable with_tiles() {
-  KernelTable table = *below();
-  table.bfloat16.forward_plan = forward_plan<TileScratch>;
-  table.bfloat16.attention_fwd = {attention_fwd_tasks<TileScratch>, TileForward<below>::scratch,
-                                  TileForward<below>::run};
-  table.bfloat16.flat_gemm = {flat_linear_tasks<BFloat16>, flat_gemm_tiles_scratch,
-                              flat_gemm_tiles};
-  return table;
 }
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -11,7 +11,7 @@
 #define FIL_VECTOR_BYTES 64
 #include "cpu/isa/amx.h"
 #include "cpu/isa/avx512.h"
-#include "cpu/kernels/attention_tiles.h"
+#include "cpu/kernels/tile_kernels.h"
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif

@@ -9,7 +9,7 @@
 #include "cpu/isa/avx2.h"
 // avx2.h first: the emulation multiplies with its fma.
 #include "cpu/isa/amx_emulation.h"
-#include "cpu/kernels/attention_tiles.h"
+#include "cpu/kernels/tile_kernels.h"
 #pragma GCC pop_options
 #endif
 

@@ -1,0 +1,120 @@
+// Flash-Decoding of the few bfloat16 rows of a group with both products on AMX tiles.
+//
+// What costs is reading K and V, once. A tile takes 16 rows of K as they lie: S^T = K q^T, with q
+// packed as the right factor, is transposed on its way to the softmax, which is that of
+// attention_tiles.h. Of V two rows are interleaved into scratch memory for acc_o += P v. While a
+// head's block is multiplied, the next one's is fetched into the second-level cache.
+#pragma once
+
+#include "cpu/kernels/attention_tiles.h"
+
+namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+struct FewRowsScratch : RowState<float> {
+  using Element = BFloat16;
+  using Acc = float;
+  static constexpr bool matrix_tiles = true;
+
+  FewRowsScratch(const AttentionFwdParams& params, void* base) : arena(base) {
+    plan = forward_plan<FewRowsScratch>(params);
+    q_row = round_up(params.head_dim, kAmxDepth);
+    s_row = round_up(plan.tile.block_n, kAmxDepth);
+    take(arena, params.heads_per_task * kAmxRows, round_up(params.head_dim_v, 2 * kAmxRows));
+    q_tiles = arena.take<BFloat16>(params.heads_per_task * kAmxRows * q_row);
+    transposed = arena.take<float>(2 * kAmxRows * kAmxRows);
+    s = arena.take<float>(kAmxRows * s_row);
+    p = arena.take<BFloat16>(kAmxRows * s_row);
+    bias = arena.take<float>(s_row);
+    v_tiles = arena.take<BFloat16>(s_row * o_row);
+    staging = arena.take<BFloat16>(kAmxRows * q_row);
+  }
+
+  FewRowsScratch head(int64_t i) const {
+    FewRowsScratch t = *this;
+    t.skip(i * kAmxRows);
+    t.q_tiles += i * kAmxRows * q_row;
+    return t;
+  }
+
+  Arena arena;
+  CpuForwardPlan plan;
+  int64_t q_row, s_row;  // strides; q_row is the depth that q and K are padded to
+  float *transposed, *s, *bias;
+  BFloat16 *p, *q_tiles, *v_tiles, *staging;
+};
+
+// Column r of q^T as tiles, zero behind head_dim. Columns without a row hold anything: they make
+// rows of S that nobody reads.
+FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r,
+                           const FewRowsScratch& t) {
+  for (int64_t d = 0; d < t.q_row; ++d) {
+    const int64_t pair = d / 2 * kAmxRows + r;
+    t.q_tiles[2 * pair + d % 2] = d < head_dim ? q[d] : BFloat16{};
+  }
+}
+
+// 16 rows of K for a tile: in place where they are whole, else beside zeros.
+struct TileRows {
+  const BFloat16* data;
+  int64_t row;  // stride
+};
+FIL_INLINE TileRows key_rows(const BFloat16* k, int64_t k_row, int64_t count, int64_t head_dim,
+                             const FewRowsScratch& t) {
+  if (count >= kAmxRows && head_dim == t.q_row) return {k, k_row};
+  __builtin_memset(t.staging, 0, kAmxRows * t.q_row * sizeof *k);
+  for (int64_t i = 0; i < min_of<int64_t>(count, kAmxRows); ++i) {
+    __builtin_memcpy(t.staging + i * t.q_row, k + i * k_row, head_dim * sizeof *k);
+  }
+  return {t.staging, t.q_row};
+}
+
+// s[rows, count] <- q k^T of one head.
+FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, const BFloat16* k,
+                                int64_t k_row, int64_t head_dim, int64_t ahead,
+                                const FewRowsScratch& t) {
+  for (int64_t first = 0; first < count; first += kAmxRows) {
+    for (int64_t i = 0; i < kAmxRows; ++i) prefetch_row(k + (first + i) * k_row + ahead, head_dim);
+    const TileRows from = key_rows(k + first * k_row, k_row, count - first, head_dim, t);
+    Tiles::fence();
+    tiles.zero<0>();
+    for (int64_t d = 0; d < t.q_row; d += kAmxDepth) {
+      tiles.load<4>(from.data + d, from.row * int64_t{sizeof *k});
+      tiles.load<6>(t.q_tiles + d * kAmxRows, 64);
+      tiles.multiply<0, 4, 6>();
+    }
+    tiles.store<0>(t.transposed, 64);
+    Tiles::fence();
+    transpose(kAmxRows, round_up(rows, 8), t.transposed, kAmxRows, t.s + first, t.s_row);
+  }
+}
+
+inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t first_head, int64_t heads,
+                   const KeyBlock& keys, int64_t rows, const FewRowsScratch& all) {
+  const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
+  const int64_t depth = round_up(keys.count, kAmxDepth);
+  Tiles tiles(kFullTiles);
+  for (int64_t h = 0; h < heads; ++h) {
+    const FewRowsScratch t = all.head(h);
+    const int64_t head_kv = first_head + h;
+    const BFloat16* k = element_of<BFloat16>(p.k, batch, keys.first, head_kv);
+    const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.first, head_kv);
+    // The next head's block, or the first head's next one.
+    const bool last = h + 1 == heads;
+    const int64_t k_ahead = last ? keys.count * p.k.seqlen - h * p.k.head : p.k.head;
+    const int64_t v_ahead = last ? keys.count * p.v.seqlen - h * p.v.head : p.v.head;
+    few_rows_scores(tiles, rows, keys.count, k, p.k.seqlen, p.head_dim, k_ahead, t);
+    bool hides = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      hides |= tile_row(p, batch, keys, r, t, mask_is_shared && r > 0, nullptr);
+    }
+    if (hides && has_non_finite<float>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
+      pack_values<true>(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_tiles, 0);
+      add_non_finite(p, batch, head_kv, keys, rows, t);
+    } else {
+      pack_values<false>(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_tiles, v_ahead);
+    }
+    amx_gemm(tiles, rows, p.head_dim_v, depth, t.p, t.s_row, t.v_tiles, t.acc_o, t.o_row, true);
+  }
+}
+
+}  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

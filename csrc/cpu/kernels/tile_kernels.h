@@ -1,0 +1,44 @@
+// The table of a level with AMX tiles.
+#pragma once
+
+#include "cpu/kernels/attention_tiles.h"
+#include "cpu/kernels/decode_tiles.h"
+#include "cpu/kernels/flat_linear_tiles.h"
+
+namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
+
+// A single row reads K and V in place on vectors: the level below does.
+template <const KernelTable* (*below)()>
+struct TileForward {
+  static const Kernel<AttentionFwdParams>& one() { return below()->bfloat16.attention_fwd; }
+
+  static int64_t scratch(const AttentionFwdParams& p) {
+    if (runs_on_tiles_in_place(p.rows_per_kv_head()))
+      return attention_fwd_scratch<FewRowsScratch>(p);
+    return forward_plan<TileScratch>(p).pack ? attention_fwd_scratch<TileScratch>(p)
+                                             : one().scratch(p);
+  }
+  static void run(const AttentionFwdParams& p, int64_t task, void* scratch) {
+    if (runs_on_tiles_in_place(p.rows_per_kv_head())) {
+      attention_fwd<FewRowsScratch>(p, task, scratch);
+    } else if (forward_plan<TileScratch>(p).pack) {
+      attention_fwd<TileScratch>(p, task, scratch);
+    } else {
+      one().run(p, task, scratch);
+    }
+  }
+};
+
+// The kernels of the level below, but for bfloat16's forward and flat_gemm.
+template <const KernelTable* (*below)()>
+KernelTable with_tiles() {
+  KernelTable table = *below();
+  table.bfloat16.forward_plan = forward_plan<TileScratch>;
+  table.bfloat16.attention_fwd = {attention_fwd_tasks<TileScratch>, TileForward<below>::scratch,
+                                  TileForward<below>::run};
+  table.bfloat16.flat_gemm = {flat_linear_tasks<BFloat16>, flat_gemm_tiles_scratch,
+                              flat_gemm_tiles};
+  return table;
+}
+
+}  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL
