@@ -32,8 +32,8 @@ struct CpuForwardProblem {
   bool matrix_tiles;        // packed blocks are multiplied by a matrix unit
 };
 
-constexpr int64_t kMatrixRows = 32;  // rows that a matrix unit's kernel takes at a time
-constexpr int64_t kMatrixKeys = 64;  // and keys, in every one: a row's bits depend on this alone
+constexpr int64_t kMatrixRows = 32;   // rows that a matrix unit's kernel takes at a time
+constexpr int64_t kMatrixKeys = 128;  // and keys, in every one: a row's bits depend on this alone
 
 // Rows that a matrix unit's kernel takes without packing K: the columns of one of its registers. A
 // single row would leave it idle for what reading costs anyway.
@@ -50,7 +50,7 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
     const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 512));
     const int64_t block_m = ceil_div(even, kMatrixRows) * kMatrixRows;
     const int64_t keys = (int64_t{1} << 18) / std::max<int64_t>(p.head_dim + p.head_dim_v, 1);
-    const int64_t block_n = std::clamp<int64_t>(keys / 128, 1, 16) * (2 * kMatrixKeys);
+    const int64_t block_n = std::clamp<int64_t>(keys / kMatrixKeys, 1, 16) * kMatrixKeys;
     return {{std::min(p.rows, block_m), block_n}, true, 1};
   }
   // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and

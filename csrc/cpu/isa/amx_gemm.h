@@ -63,13 +63,17 @@ void pack_values(int64_t count, int64_t cols, const BFloat16* v, int64_t v_row, 
   for (int64_t key = 0; key < depth; key += 2) {
     if (ahead != 0) prefetch_row(v + key * v_row + ahead, cols);
     if (ahead != 0) prefetch_row(v + (key + 1) * v_row + ahead, cols);
-    for (int64_t c = 0; c < round_up(cols, 2 * kAmxRows); c += width) {
-      const int64_t first = key < count ? cols - c : 0, second = key + 1 < count ? cols - c : 0;
-      const BFloat16* p = v + key * v_row + c;
-      const Vector<uint32_t> pair =
-          load_words<finite_only>(p, first) | load_words<finite_only>(p + v_row, second) << 16;
+    const BFloat16* p = v + key * v_row;
+    const auto pack = [&](int64_t c, int64_t first, int64_t second) __attribute__((always_inline)) {
+      const Vector<uint32_t> pair = load_words<finite_only>(p + c, first) |
+                                    load_words<finite_only>(p + v_row + c, second) << 16;
       BFloat16* to = tiles + c / kAmxRows * kAmxRows * depth + (key * kAmxRows + c % kAmxRows * 2);
       __builtin_memcpy(to, &pair, sizeof pair);
+    };
+    int64_t c = 0;
+    for (; key + 1 < count && c + width <= cols; c += width) pack(c, width, width);
+    for (; c < round_up(cols, 2 * kAmxRows); c += width) {
+      pack(c, key < count ? cols - c : 0, key + 1 < count ? cols - c : 0);
     }
   }
 }

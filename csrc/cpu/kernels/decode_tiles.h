@@ -21,12 +21,12 @@ struct FewRowsScratch : RowState<float> {
     s_row = round_up(plan.tile.block_n, kAmxDepth);
     take(arena, params.heads_per_task * kAmxRows, round_up(params.head_dim_v, 2 * kAmxRows));
     q_tiles = arena.take<BFloat16>(params.heads_per_task * kAmxRows * q_row);
-    transposed = arena.take<float>(2 * kAmxRows * kAmxRows);
+    transposed = arena.take<float>(kAmxRows * s_row);
     s = arena.take<float>(kAmxRows * s_row);
     p = arena.take<BFloat16>(kAmxRows * s_row);
     bias = arena.take<float>(s_row);
     v_tiles = arena.take<BFloat16>(s_row * o_row);
-    staging = arena.take<BFloat16>(kAmxRows * q_row);
+    staging = arena.take<BFloat16>(2 * kAmxRows * q_row);
   }
 
   FewRowsScratch head(int64_t i) const {
@@ -53,39 +53,47 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r,
   }
 }
 
-// 16 rows of K for a tile: in place where they are whole, else beside zeros.
+// 32 rows of K for two tiles: in place where they are whole, else beside zeros.
 struct TileRows {
   const BFloat16* data;
   int64_t row;  // stride
 };
 FIL_INLINE TileRows key_rows(const BFloat16* k, int64_t k_row, int64_t count, int64_t head_dim,
                              const FewRowsScratch& t) {
-  if (count >= kAmxRows && head_dim == t.q_row) return {k, k_row};
-  __builtin_memset(t.staging, 0, kAmxRows * t.q_row * sizeof *k);
-  for (int64_t i = 0; i < min_of<int64_t>(count, kAmxRows); ++i) {
+  if (count >= 2 * kAmxRows && head_dim == t.q_row) return {k, k_row};
+  __builtin_memset(t.staging, 0, 2 * kAmxRows * t.q_row * sizeof *k);
+  for (int64_t i = 0; i < min_of<int64_t>(count, 2 * kAmxRows); ++i) {
     __builtin_memcpy(t.staging + i * t.q_row, k + i * k_row, head_dim * sizeof *k);
   }
   return {t.staging, t.q_row};
 }
 
-// s[rows, count] <- q k^T of one head.
+// s[rows, count] <- q k^T of one head. The sums of all keys are transposed in the end, when those
+// of the first have long been stored.
 FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, const BFloat16* k,
                                 int64_t k_row, int64_t head_dim, int64_t ahead,
                                 const FewRowsScratch& t) {
-  for (int64_t first = 0; first < count; first += kAmxRows) {
-    for (int64_t i = 0; i < kAmxRows; ++i) prefetch_row(k + (first + i) * k_row + ahead, head_dim);
+  for (int64_t first = 0; first < count; first += 2 * kAmxRows) {
     const TileRows from = key_rows(k + first * k_row, k_row, count - first, head_dim, t);
+    const int64_t bytes = from.row * int64_t{sizeof *k};
     Tiles::fence();
     tiles.zero<0>();
+    tiles.zero<2>();
     for (int64_t d = 0; d < t.q_row; d += kAmxDepth) {
-      tiles.load<4>(from.data + d, from.row * int64_t{sizeof *k});
+      tiles.load<4>(from.data + d, bytes);
       tiles.load<6>(t.q_tiles + d * kAmxRows, 64);
       tiles.multiply<0, 4, 6>();
+      tiles.load<5>(from.data + kAmxRows * from.row + d, bytes);
+      tiles.multiply<2, 5, 6>();
     }
-    tiles.store<0>(t.transposed, 64);
+    for (int64_t i = 0; i < 2 * kAmxRows; ++i) {
+      prefetch_row(k + (first + i) * k_row + ahead, head_dim);
+    }
+    tiles.store<0>(t.transposed + first * kAmxRows, 64);
+    tiles.store<2>(t.transposed + (first + kAmxRows) * kAmxRows, 64);
     Tiles::fence();
-    transpose(kAmxRows, round_up(rows, 8), t.transposed, kAmxRows, t.s + first, t.s_row);
   }
+  transpose(round_up(count, kAmxRows), round_up(rows, 8), t.transposed, kAmxRows, t.s, t.s_row);
 }
 
 inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t first_head, int64_t heads,
