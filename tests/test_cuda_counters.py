@@ -172,10 +172,11 @@ def decode_expected(row, heads_kv, group, kv_splits, key_blocks):
 def combine_expected(row, rows, num_states, partial_size):
     """`rows` heads of one query: a multiple of 8, so that no two states share a sector."""
     merge, columns = "tile/merge.cuh", row.head_dim // 32
+    parts = row.head_dim // 64  # each by a warp that reads every lse
     return {
         ("ld.global", merge): (
-            rows * (2 * -(-num_states // 32) + num_states * columns),
-            rows * num_states * (2 + columns * partial_size),
+            rows * (parts * 2 * -(-num_states // 32) + num_states * columns),
+            rows * num_states * (parts * 2 + columns * partial_size),
         ),
         ("st.global", merge): (rows * columns, rows * columns * size_of(row)),
         ("st.global", "combine/sm80.cuh"): (rows, rows),

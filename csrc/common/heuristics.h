@@ -6,7 +6,7 @@
 
 namespace flashinfer_lite {
 
-inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 struct Tile {
   int64_t block_m;  // rows: queries times the heads of a group
@@ -83,6 +83,8 @@ inline int64_t cpu_heads_per_task(const CpuForwardPlan& plan, int64_t tasks_by_h
                                   int64_t threads) {
   return std::clamp<int64_t>(tasks_by_head / threads, 1, plan.heads_together);
 }
+
+constexpr int64_t kMergedColumns = 64;  // that a warp of CUDA's merge takes at once, two a lane
 
 constexpr int64_t kMinKeysPerSplit = 256;  // below, merging costs more than splitting spreads
 

@@ -195,8 +195,9 @@ Status run_combine(const CombineParams& p, ElementType element, const Device& de
     const Instance& row = *kInstances[i];
     if (std::string("combine") != row.kernel || device.arch < row.arch) continue;
     if (row.element != element || row.partial != partial) continue;
-    const int64_t rows = p.batch_size * p.seqlen_q * p.num_heads_q;
-    if (checked_blocks(row, ceil_div(rows, 4)) == 0) return 0;
+    const int64_t warps =
+        p.batch_size * p.seqlen_q * p.num_heads_q * ceil_div(p.head_dim_v, kMergedColumns);
+    if (checked_blocks(row, ceil_div(warps, 4)) == 0) return 0;
     return row.launch(&p, stream);
   }
   fail("combine: no kernel for ", text_of(element), " from ", text_of(partial),
