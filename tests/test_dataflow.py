@@ -287,8 +287,8 @@ def test_what_amx_does_not_change_has_the_default_without(monkeypatch):
             for dtype in (torch.float32, torch.float16):
                 (n, k), points = next(iter(DEFAULTS[processor][dtype].items()))
                 assert dataflow.thresholds("cpu", dtype, n, k) == points
-            chosen = [dataflow.choose("cpu", torch.bfloat16, 64, 64, m) for m in (1, 4, 5, 64)]
-        assert chosen == ["gemv", "gemv", "flat_gemm", "flat_gemm"]
+            chosen = [dataflow.choose("cpu", torch.bfloat16, 64, 64, m) for m in (1, 2, 64, 129)]
+        assert chosen == ["gemv", "flat_gemm", "flat_gemm", "vendor"]
 
 
 def test_what_only_the_vendor_takes():

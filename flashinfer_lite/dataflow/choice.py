@@ -58,18 +58,22 @@ DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] =
         torch.bfloat16: {(4096, 4096): (4, 16)},
         torch.float16: {(4096, 4096): (4, 16)},
     },
-    # M1 measured on a Xeon with AMX (1 thread): gemv takes 0.6 of torch's time up to M = 4. M2
-    # reasoned: 64 rows are no more than reading the weight, and twice that reads it twice, still
-    # below torch's time. What is not here is as without AMX.
+    # Measured on a Xeon with AMX (1 thread), M = 1 to 64: gemv is as fast at one row, flat_gemm
+    # from 4 rows on, 1.2 to 2.2 times as fast as torch. M2 reasoned: twice 64 rows read the weight
+    # twice, still below torch's time. What is not here is as without AMX.
     "cpu amx": {
-        torch.bfloat16: {(4096, 4096): (4, 128)},
+        torch.bfloat16: {(4096, 4096): (1, 128)},
     },
-    # Reasoned, not measured: one row reads the weight once on CUDA cores as fast as on tensor
-    # cores, more rows repeat its arithmetic; past 64 rows the vendor's tiles are no longer padding.
-    "cuda": {
-        torch.bfloat16: {(4096, 4096): (1, 64)},
-        torch.float16: {(4096, 4096): (1, 64)},
-    },
+    # Measured on an H200, M = 1 to 64: docs/kernels/gemv.md, flat_gemm.md.
+    "cuda": dict.fromkeys(
+        (torch.bfloat16, torch.float16),
+        {
+            (12288, 4096): (2, 2),
+            (4096, 4096): (2, 2),
+            (11008, 4096): (2, 2),
+            (4096, 11008): (2, 16),
+        },
+    ),
 }
 
 
