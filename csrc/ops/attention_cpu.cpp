@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const int64_t width =
         (p.head_dim + kAccumulatorAlign - 1) / kAccumulatorAlign * kAccumulatorAlign;
     Tensor dq_accum =
-        torch::stable::new_zeros(q, {independent, p.rows_per_kv_head(), width}, accumulator);
+        torch::stable::new_zeros(q, {independent, p.dq_accum_rows(), width}, accumulator);
     p.dq_accum = dq_accum.data_ptr();
     p.pass = BwdPass::kFused;
     run_tasks(kernels.attention_bwd, p, work);

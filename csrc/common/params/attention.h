@@ -59,6 +59,11 @@ struct AttentionParams {
   // group_size.
   constexpr int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
 
+  // Of a row in [batch, num_heads_q, seqlen_q].
+  int64_t row_index(int64_t batch_idx, int64_t head, int64_t query) const {
+    return (batch_idx * num_heads_q + head) * seqlen_q + query;
+  }
+
   CpuForwardProblem cpu_problem(int64_t element_size, bool matrix_tiles) const {
     const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;
     return {rows_per_kv_head(), num_heads_kv, head_dim,    head_dim_v,
@@ -99,10 +104,6 @@ struct AttentionFwdParams : AttentionParams {
   // the rows that an online pass is for, those marked kViolated; null for all.
   RowVerdict* verdict = nullptr;
   const RowVerdict* only = nullptr;
-
-  int64_t row_index(int64_t batch_idx, int64_t head, int64_t query) const {
-    return (batch_idx * num_heads_q + head) * seqlen_q + query;
-  }
 };
 
 // How the backward is cut into tasks. Fused computes everything in five products per tile, one task
@@ -119,9 +120,11 @@ struct AttentionBwdParams : AttentionParams {
   const void* dlse = nullptr;  // like lse, or null
   Strided<void*> dq, dk, dv;
   BwdPass pass = BwdPass::kFused;
-  // Fused pass: dQ in the accumulator's type, zeroed, [batch, num_heads_kv, rows_per_kv_head,
+  // Fused pass: dQ in the accumulator's type, zeroed, [batch, num_heads_kv, dq_accum_rows,
   // head_dim rounded up to kAccumulatorAlign].
   void* dq_accum = nullptr;
+  // A matrix unit writes whole blocks of rows, those behind the last too.
+  int64_t dq_accum_rows() const { return ceil_div(rows_per_kv_head(), kMatrixRows) * kMatrixRows; }
   // Gradient of an additive mask in the accumulator's type; strides 0 where the mask broadcasts.
   void* dmask = nullptr;
   int64_t dmask_batch = 0, dmask_head = 0, dmask_row = 0, dmask_col = 0;

@@ -62,4 +62,23 @@ FIL_INLINE void store_bfloat16(BFloat16* to, Vector<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+// Two rows rounded likewise, interleaved: pairs[2i] is even[i], pairs[2i + 1] is odd[i].
+FIL_INLINE __m512i store_pairs(BFloat16* pairs, Vector<float> even, Vector<float> odd) {
+  constexpr int64_t step = 1 | 1ll << 16 | 1ll << 32 | 1ll << 48;
+  const __m512i order = _mm512_add_epi16(
+      _mm512_mullo_epi64(_mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0), _mm512_set1_epi64(step)),
+      _mm512_set1_epi64(16ll << 16 | 1ll << 32 | 17ll << 48));
+  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, rows));
+  return rows;
+}
+
+// And each of the rows.
+FIL_INLINE void store_pairs(BFloat16* pairs, BFloat16* even_row, BFloat16* odd_row,
+                            Vector<float> even, Vector<float> odd) {
+  const __m512i rows = store_pairs(pairs, even, odd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(even_row), _mm512_castsi512_si256(rows));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd_row), _mm512_extracti64x4_epi64(rows, 1));
+}
+
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -12,10 +12,11 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 template <class Element>
 constexpr Kernels kernels_of() {
   using Scratch = ForwardScratch<Element>;
+  using Backward = BackwardScratch<Element>;
   Kernels kernels{
       forward_plan<Scratch>,
       {attention_fwd_tasks<Scratch>, attention_fwd_scratch<Scratch>, attention_fwd<Scratch>},
-      {attention_bwd_tasks<Element>, attention_bwd_scratch<Element>, attention_bwd<Element>},
+      {attention_bwd_tasks<Backward>, attention_bwd_scratch<Backward>, attention_bwd<Backward>},
       {combine_tasks<Element>, combine_scratch<Element>, combine<Element>},
       {unified_merge_tasks<Element>, unified_merge_scratch<Element>, unified_merge<Element>},
       {},

@@ -1,6 +1,7 @@
 // The table of a level with AMX tiles.
 #pragma once
 
+#include "cpu/kernels/attention_bwd_tiles.h"
 #include "cpu/kernels/attention_tiles.h"
 #include "cpu/kernels/decode_tiles.h"
 #include "cpu/kernels/flat_linear_tiles.h"
@@ -29,13 +30,16 @@ struct TileForward {
   }
 };
 
-// The kernels of the level below, but for bfloat16's forward and flat_gemm.
+// The kernels of the level below, but for bfloat16's attention and flat_gemm.
 template <const KernelTable* (*below)()>
 KernelTable with_tiles() {
   KernelTable table = *below();
   table.bfloat16.forward_plan = forward_plan<TileScratch>;
   table.bfloat16.attention_fwd = {attention_fwd_tasks<TileScratch>, TileForward<below>::scratch,
                                   TileForward<below>::run};
+  using Backward = TileBackwardScratch;
+  table.bfloat16.attention_bwd = {attention_bwd_tasks<Backward>, attention_bwd_scratch<Backward>,
+                                  attention_bwd<Backward>};
   table.bfloat16.flat_gemm = {flat_linear_tasks<BFloat16>, flat_gemm_tiles_scratch,
                               flat_gemm_tiles};
   return table;
