@@ -25,6 +25,7 @@ FIL_INLINE Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double>
 
 // The second operand wins when either is NaN.
 FIL_INLINE Vector<float> max(Vector<float> a, Vector<float> b) { return _mm256_max_ps(a, b); }
+FIL_INLINE Vector<float> min(Vector<float> a, Vector<float> b) { return _mm256_min_ps(a, b); }
 FIL_INLINE Vector<double> max(Vector<double> a, Vector<double> b) { return _mm256_max_pd(a, b); }
 
 FIL_INLINE Vector<float> load_float(const float* p) { return _mm256_loadu_ps(p); }

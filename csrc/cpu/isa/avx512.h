@@ -22,6 +22,7 @@ FIL_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) 
 
 // The second operand wins when either is NaN.
 FIL_INLINE Vector<float> max(Vector<float> a, Vector<float> b) { return _mm512_max_ps(a, b); }
+FIL_INLINE Vector<float> min(Vector<float> a, Vector<float> b) { return _mm512_min_ps(a, b); }
 
 FIL_INLINE Vector<float> widen(__m256i bits, const BFloat16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

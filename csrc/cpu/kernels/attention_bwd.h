@@ -126,7 +126,7 @@ void prepare_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, int6
 
 // q and dO of one row block.
 template <class Element, class Acc = Accumulator<Element>>
-void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, int64_t,
+void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, int64_t, bool,
                const BackwardScratch<Element>& t) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto [query, head, visible] = t.rows[r];
@@ -286,7 +286,7 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
       describe_rows(p, visibility, head_kv, row, rows, t.rows);
       const bool first_time = p.pass == BwdPass::kKeys || keys.first <= visible.begin;
       if (first_time) prepare_rows(p, batch, rows, at, t);
-      load_rows(p, batch, rows, at, t);
+      load_rows(p, batch, rows, at, first_time, t);
       add_gradients(p, batch, keys, rows, at, dq + at * dq_row, dq_row, t);
     }
     if (!wants_keys) continue;

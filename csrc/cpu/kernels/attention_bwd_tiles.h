@@ -19,7 +19,8 @@
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
-constexpr int64_t kChunkKeys = 64;  // of S and dP, 8 KB each
+constexpr int64_t kChunkKeys = 64;       // of S and dP, 8 KB each
+constexpr int64_t kKeptBytes = 4 << 20;  // most that rows may take to be packed once per task
 
 struct TileBackwardScratch : BackwardRows<float> {
   using Element = BFloat16;
@@ -33,11 +34,13 @@ struct TileBackwardScratch : BackwardRows<float> {
     const auto [m, n] = tile;
     d_row = round_up(p.head_dim, kAmxDepth);
     dv_row = round_up(p.head_dim_v, kAmxDepth);
-    const int64_t widest = max_of(d_row, dv_row);
-    q = arena.take<BFloat16>(m * d_row);
-    dout = arena.take<BFloat16>(m * dv_row);
-    q_transposed = arena.take<BFloat16>(m * d_row);
-    dout_transposed = arena.take<BFloat16>(m * dv_row);
+    const int64_t widest = max_of(d_row, dv_row), all_rows = round_up(p.rows_per_kv_head(), m);
+    keeps_rows = p.pass == BwdPass::kFused && all_rows * (d_row + dv_row) * 4 <= kKeptBytes;
+    const int64_t kept = keeps_rows ? all_rows : m;
+    q = arena.take<BFloat16>(kept * d_row);
+    dout = arena.take<BFloat16>(kept * dv_row);
+    q_transposed = arena.take<BFloat16>(kept * d_row);
+    dout_transposed = arena.take<BFloat16>(kept * dv_row);
     k_columns = arena.take<BFloat16>(n * d_row);
     v_columns = arena.take<BFloat16>(n * dv_row);
     k_rows = arena.take<BFloat16>(n * d_row);
@@ -55,8 +58,22 @@ struct TileBackwardScratch : BackwardRows<float> {
     untransposed = arena.take<float>(n * widest);
   }
 
+  // The same scratch with the row block at `at`.
+  TileBackwardScratch block(int64_t at) const {
+    TileBackwardScratch t = *this;
+    t.lse_log2 += at;
+    t.delta += at;
+    if (!keeps_rows) return t;
+    t.q += at * d_row;
+    t.dout += at * dv_row;
+    t.q_transposed += at * d_row;
+    t.dout_transposed += at * dv_row;
+    return t;
+  }
+
   Arena arena;
   int64_t d_row, dv_row;  // strides
+  bool keeps_rows;        // q and dO of all rows, else of a block
   BFloat16 *q, *dout, *q_transposed, *dout_transposed, *k_columns, *v_columns, *k_rows, *staging;
   float *s, *dp, *bias, *slope;
   BFloat16 *p_pairs, *ds_pairs, *ds_rows;
@@ -66,11 +83,21 @@ struct TileBackwardScratch : BackwardRows<float> {
 // out[count] <- scale x, rounded.
 FIL_INLINE void round_row(const float* x, int64_t count, float scale, BFloat16* out) {
   constexpr int width = kWidth<float>;
-  for (int64_t c = 0; c < count; c += width) {
-    BFloat16 rounded[width];
-    store_bfloat16(rounded, load(x + c) * scale);
-    __builtin_memcpy(out + c, rounded, min_of<int64_t>(count - c, width) * sizeof *out);
-  }
+  int64_t c = 0;
+  for (; c + width <= count; c += width) store_bfloat16(out + c, load(x + c) * scale);
+  if (c == count) return;
+  BFloat16 last[width];
+  store_bfloat16(last, load(x + c) * scale);
+  __builtin_memcpy(out + c, last, (count - c) * sizeof *out);
+}
+
+// out[count] <- x, zeros up to `padded`.
+FIL_INLINE void copy_row(const BFloat16* x, int64_t count, int64_t padded, BFloat16* out) {
+  int64_t c = 0;
+  for (; c + kAmxDepth <= count; c += kAmxDepth) __builtin_memcpy(out + c, x + c, 64);
+  if (c == padded) return;
+  __builtin_memcpy(out + c, x + c, (count - c) * sizeof *x);
+  __builtin_memset(out + count, 0, (padded - count) * sizeof *x);
 }
 
 // out[cols][rows] <- x [rows, cols], multiples of 32: with two rows interleaved, a transpose of
@@ -108,22 +135,21 @@ inline void load_keys(const AttentionBwdParams& p, int64_t batch, int64_t head_k
 }
 
 inline void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, int64_t at,
-                      const TileBackwardScratch& t) {
+                      bool first_time, const TileBackwardScratch& all) {
+  const TileBackwardScratch t = all.block(at);
   const int64_t padded = round_up(rows, kMatrixRows);
-  __builtin_memset(t.q, 0, padded * t.d_row * sizeof *t.q);
-  __builtin_memset(t.dout, 0, padded * t.dv_row * sizeof *t.dout);
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto [query, head, visible] = t.rows[r];
-    if (saw_no_key(lse_of<float>(p, batch, t.rows[r]))) continue;
-    __builtin_memcpy(t.q + r * t.d_row, element_of<BFloat16>(p.q, batch, query, head),
-                     p.head_dim * sizeof *t.q);
-    __builtin_memcpy(t.dout + r * t.dv_row, element_of<BFloat16>(p.dout, batch, query, head),
-                     p.head_dim_v * sizeof *t.dout);
-  }
   for (int64_t r = rows; r < padded; ++r) {
     t.rows[r] = {};  // sees nothing
-    t.lse_log2[at + r] = __builtin_inff();
-    t.delta[at + r] = 0;
+    t.lse_log2[r] = t.delta[r] = 0;
+  }
+  if (t.keeps_rows && !first_time) return;
+  for (int64_t r = 0; r < padded; ++r) {
+    const Row& row = t.rows[r];
+    const bool used = r < rows && !saw_no_key(lse_of<float>(p, batch, row));
+    copy_row(element_of<BFloat16>(p.q, batch, row.query, row.head), used ? p.head_dim : 0, t.d_row,
+             t.q + r * t.d_row);
+    copy_row(element_of<BFloat16>(p.dout, batch, row.query, row.head), used ? p.head_dim_v : 0,
+             t.dv_row, t.dout + r * t.dv_row);
   }
   if (p.pass == BwdPass::kQueries) return;
   transpose_rows(padded, t.d_row, t.q, t.staging, t.q_transposed, t.tile.block_m);
@@ -154,16 +180,20 @@ FIL_INLINE void round_gradients(float scale_log2, const KeyBlock& keys, int64_t 
     begin[i] = static_cast<int32_t>(max_of<int64_t>(visible.begin - keys.first, 0));
     end[i] = static_cast<int32_t>(max_of<int64_t>(last, 0));
   }
+  const Vector<float> lse[] = {broadcast(pair.lse_log2[0]), broadcast(pair.lse_log2[1])};
+  const Vector<float> delta[] = {broadcast(pair.delta[0]), broadcast(pair.delta[1])};
+  const float* s = t.s + pair.r * kChunkKeys;
+  const float* dp = t.dp + pair.r * kChunkKeys;
   for (int64_t c = 0; c < cols; c += width) {
     Vector<float> prob[2], ds[2];
     for (int i = 0; i < 2; ++i) {
-      prob[i] = load(t.s + (pair.r + i) * kChunkKeys + c);
-      ds[i] = load(t.dp + (pair.r + i) * kChunkKeys + c);
+      prob[i] = load(s + i * kChunkKeys + c);
+      ds[i] = load(dp + i * kChunkKeys + c);
       if constexpr (scores == Scores::kFinished) continue;
-      const Vector<float> x = fma(prob[i], broadcast(scale_log2), broadcast(-pair.lse_log2[i]));
       // P <= 1; rounding of a huge lse must not push it over.
-      prob[i] = exp2<float>(x > 0.0f ? Vector<float>{} : x);
-      ds[i] = prob[i] * (ds[i] - pair.delta[i]);
+      const Vector<float> x = min(Vector<float>{}, fma(prob[i], broadcast(scale_log2), -lse[i]));
+      prob[i] = exp2_short(max(broadcast(BitsOf<float>::kMinExponent), x));
+      ds[i] = prob[i] * (ds[i] - delta[i]);
       if constexpr (scores == Scores::kVisible) continue;
       const Vector<int32_t> key = load(counting) + static_cast<int32_t>(c);
       const Vector<int32_t> hidden = (key < begin[i]) | (key >= end[i]);
@@ -226,7 +256,7 @@ FIL_INLINE void zero_block(int64_t cols, const RowPair& pair, const TileBackward
 
 // P and dS of 32 rows from `first` on and all keys of the block.
 inline void differentiate_scores(Tiles& tiles, const AttentionBwdParams& p, int64_t batch,
-                                 const KeyBlock& keys, int64_t first, int64_t rows, int64_t at,
+                                 const KeyBlock& keys, int64_t first, int64_t rows,
                                  const TileBackwardScratch& t) {
   const int64_t n = t.tile.block_n, depth = round_up(rows, kAmxDepth);
   // Queries ascend with the rows, and with them both ends of what they see.
@@ -238,8 +268,8 @@ inline void differentiate_scores(Tiles& tiles, const AttentionBwdParams& p, int6
     const int64_t to = col * depth + first * kAmxRows;
     const RowPair pair{0,
                        t.rows + first,
-                       t.lse_log2 + at + first,
-                       t.delta + at + first,
+                       t.lse_log2 + first,
+                       t.delta + first,
                        t.p_pairs + to,
                        t.ds_pairs + to,
                        t.ds_rows + col,
@@ -259,12 +289,13 @@ inline void differentiate_scores(Tiles& tiles, const AttentionBwdParams& p, int6
 
 inline void add_gradients(const AttentionBwdParams& p, int64_t batch, const KeyBlock& keys,
                           int64_t rows, int64_t at, float* dq, int64_t dq_row,
-                          const TileBackwardScratch& t) {
+                          const TileBackwardScratch& all) {
+  const TileBackwardScratch t = all.block(at);
   const auto [m, n] = t.tile;
   const int64_t depth = round_up(rows, kAmxDepth);
   Tiles tiles(kFullTiles);  // per block: nanoseconds, and no configuration outlives its use
   for (int64_t first = 0; first < rows; first += kMatrixRows) {
-    differentiate_scores(tiles, p, batch, keys, first, rows, at, t);
+    differentiate_scores(tiles, p, batch, keys, first, rows, t);
     if (p.pass == BwdPass::kKeys) continue;
     amx_gemm(tiles, kMatrixRows, p.head_dim, keys.count, t.ds_rows, n, t.k_rows,
              dq + first * dq_row, dq_row, true);
