@@ -252,6 +252,23 @@ def test_more_threads_than_tasks(device, isa, dtype, threads):
     check_backward(attention, q, k, v, causal=True, mask=mask)
 
 
+@all_dtypes
+@pytest.mark.parametrize("feature", ["plain", "causal", "window", "kv_start"])
+def test_parts_of_the_keys(device, isa, dtype, feature, threads):
+    # So few heads and so many keys that one thread takes these in parts, and four take two passes.
+    arguments = FEATURES[feature]
+    if feature == "kv_start":
+        arguments = {"kv_start": lengths(600).to(device), "seqlens_kv": lengths(1500).to(device)}
+    q, k, v = make_qkv(1, 75, 1600, 2, 1, 24, dtype=dtype, device=device, mean=0)
+    dout = torch.randn(1, 75, 2, 24, device=device).to(dtype)
+    threads(1)
+    one = check_backward(attention, q, k, v, dout=dout, with_lse=False, **arguments)
+    threads(4)
+    several = check_backward(attention, q, k, v, dout=dout, with_lse=False, **arguments)
+    for name, x, y in zip(("dq", "dk", "dv"), one, several, strict=True):
+        assert_same_bits(x, y, name)
+
+
 def test_no_graph_without_grad(device):
     q, k, v = make_qkv(1, 4, 4, device=device, requires_grad=True)
     with torch.no_grad():

@@ -83,6 +83,19 @@ inline Tile cpu_backward_matrix_tile(int64_t seqlen_kv) {
   return {128, seqlen_kv >= 1024 ? 256 : 128};
 }
 
+// The keys of a task of the fused backward. Parts of them, each with a dQ of its own, make more
+// tasks where (batch, KV head) pairs are few: three tasks keep two threads 3/4 busy; with a causal
+// mask two parts of each have 3/4 and 1/4 of its work and keep them busy all the time. A part reads
+// and packs all rows again, so it has about 512 keys or more. All dQ but the first are at most
+// 16 MB of float32: memory stays linear in the sequence. Bits depend on it, so threads have no say.
+inline int64_t cpu_backward_keys_per_part(int64_t independent, int64_t seqlen_kv,
+                                          int64_t elements_of_dq) {
+  const int64_t most = std::min<int64_t>(1 + (int64_t{4} << 20) / elements_of_dq, 4);
+  const int64_t parts = std::min({12 / independent, seqlen_kv / 512, most});
+  constexpr int64_t align = 64;  // block_n of the vector levels: no block is cut
+  return ceil_div(seqlen_kv, std::max<int64_t>(parts, 1) * align) * align;
+}
+
 // Keys per split in batch-invariant mode: fixed, so that a sequence's own length decides.
 constexpr int64_t kBatchInvariantSplit = 1024;
 

@@ -109,15 +109,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     }
   }
   const int64_t independent = p.batch_size * p.num_heads_kv;
-  const bool fused = work < kSerialWork || independent >= int64_t{torch::stable::get_num_threads()};
+  const int64_t width = ceil_div(p.head_dim, kAccumulatorAlign) * kAccumulatorAlign;
+  p.keys_per_part =
+      cpu_backward_keys_per_part(independent, p.seqlen_kv, independent * p.dq_accum_rows() * width);
+  const int64_t parts = p.key_parts();
+  const bool fused =
+      work < kSerialWork || parts * independent >= int64_t{torch::stable::get_num_threads()};
   if (fused) {
-    const int64_t width =
-        (p.head_dim + kAccumulatorAlign - 1) / kAccumulatorAlign * kAccumulatorAlign;
     Tensor dq_accum =
-        torch::stable::new_zeros(q, {independent, p.dq_accum_rows(), width}, accumulator);
+        torch::stable::new_zeros(q, {parts * independent, p.dq_accum_rows(), width}, accumulator);
     p.dq_accum = dq_accum.data_ptr();
     p.pass = BwdPass::kFused;
     run_tasks(kernels.attention_bwd, p, work);
+    p.pass = BwdPass::kSum;
+    if (parts > 1) run_tasks(kernels.attention_bwd, p, work);
   } else {
     p.pass = BwdPass::kKeys;
     run_tasks(kernels.attention_bwd, p, work);

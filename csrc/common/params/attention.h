@@ -107,10 +107,11 @@ struct AttentionFwdParams : AttentionParams {
 };
 
 // How the backward is cut into tasks. Fused computes everything in five products per tile, one task
-// per (batch, KV head). Where those are fewer than the threads, two passes of independent tasks,
-// one per KV block for dK and dV and one per row block for dQ, cost seven products and use every
-// thread. Both add in the same order: the gradients are bitwise the same.
-enum class BwdPass : uint8_t { kFused, kKeys, kQueries };
+// per (batch, KV head) and part of the keys; of several parts, kSum adds up dQ. Where those are
+// fewer than the threads, two passes of independent tasks, one per KV block for dK and dV and one
+// per row block for dQ, cost seven products and use every thread. Both add in the same order: the
+// gradients are bitwise the same.
+enum class BwdPass : uint8_t { kFused, kSum, kKeys, kQueries };
 
 constexpr int64_t kAccumulatorAlign = 32;  // elements; a multiple of every level's panel
 
@@ -120,8 +121,10 @@ struct AttentionBwdParams : AttentionParams {
   const void* dlse = nullptr;  // like lse, or null
   Strided<void*> dq, dk, dv;
   BwdPass pass = BwdPass::kFused;
-  // Fused pass: dQ in the accumulator's type, zeroed, [batch, num_heads_kv, dq_accum_rows,
-  // head_dim rounded up to kAccumulatorAlign].
+  int64_t keys_per_part = 0;
+  int64_t key_parts() const { return ceil_div(seqlen_kv, keys_per_part); }
+  // Fused pass: dQ in the accumulator's type, zeroed, [key_parts, batch, num_heads_kv,
+  // dq_accum_rows, head_dim rounded up to kAccumulatorAlign].
   void* dq_accum = nullptr;
   // A matrix unit writes whole blocks of rows, those behind the last too.
   int64_t dq_accum_rows() const { return ceil_div(rows_per_kv_head(), kMatrixRows) * kMatrixRows; }

@@ -31,6 +31,12 @@ struct BackwardRows {
   Row* rows;              // of a block
 };
 
+// A task that is no part of the fused pass has dQ of its rows by each part of the keys.
+FIL_INLINE int64_t dq_scratch(const AttentionBwdParams& p, const Tile& tile) {
+  const int64_t row = round_up(p.head_dim, kAccumulatorAlign);
+  return p.pass == BwdPass::kQueries ? p.key_parts() * tile.block_m * row : 0;
+}
+
 template <class Element_>
 struct BackwardScratch : BackwardRows<Accumulator<Element_>> {
   using Element = Element_;
@@ -57,7 +63,7 @@ struct BackwardScratch : BackwardRows<Accumulator<Element_>> {
     staging = arena.take<Acc>(kPanel<Acc> * max_of(d_row, dv_row));
     dk = arena.take<Acc>(tile.block_n * d_row);
     dv = arena.take<Acc>(tile.block_n * dv_row);
-    dq = arena.take<Acc>(tile.block_m * round_up(p.head_dim, kAccumulatorAlign));
+    dq = arena.take<Acc>(dq_scratch(p, tile));
   }
 
   Arena arena;
@@ -230,7 +236,7 @@ void store_query(const AttentionBwdParams& p, const Acc* dq, Element* out,
 template <class Scratch>
 int64_t attention_bwd_tasks(const AttentionBwdParams& p) {
   const Tile tile = Scratch::tile_of(p);
-  const int64_t blocks = p.pass == BwdPass::kFused  ? 1
+  const int64_t blocks = p.pass == BwdPass::kFused  ? p.key_parts()
                          : p.pass == BwdPass::kKeys ? ceil_div(p.seqlen_kv, tile.block_n)
                                                     : ceil_div(p.rows_per_kv_head(), tile.block_m);
   return p.batch_size * p.num_heads_kv * blocks;
@@ -253,24 +259,34 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
   const int64_t block = task / p.num_heads_kv / p.batch_size;
   const Visibility visibility = p.visibility(batch);
 
+  const bool in_accum = p.pass == BwdPass::kFused || p.pass == BwdPass::kSum;
   const bool wants_keys = p.pass != BwdPass::kQueries;
   int64_t row_begin = 0, row_end = total_rows, key_begin = 0, key_end = p.seqlen_kv;
-  const int64_t dq_row = round_up(p.head_dim, kAccumulatorAlign);
-  Acc* dq = t.dq;
-  if (p.pass == BwdPass::kKeys) {
-    key_begin = block * block_n;
-    key_end = min_of(key_begin + block_n, p.seqlen_kv);
-  } else if (p.pass == BwdPass::kQueries) {
+  if (p.pass == BwdPass::kQueries || p.pass == BwdPass::kSum) {
     row_begin = block * block_m;
     row_end = min_of(row_begin + block_m, total_rows);
-    fill_zero(dq, block_m * dq_row);
+    if (p.pass == BwdPass::kSum) key_end = 0;
   } else {
-    dq = static_cast<Acc*>(p.dq_accum) +
-         (batch * p.num_heads_kv + head_kv) * p.dq_accum_rows() * dq_row;
+    const int64_t count = p.pass == BwdPass::kKeys ? block_n : p.keys_per_part;
+    key_begin = block * count;
+    key_end = min_of(key_begin + count, p.seqlen_kv);
+  }
+  // dQ of the task's rows by the first part of the keys; those by the others lie dq_part apart.
+  const int64_t dq_row = round_up(p.head_dim, kAccumulatorAlign);
+  const int64_t dq_rows = in_accum ? p.dq_accum_rows() : block_m;
+  const int64_t dq_part = dq_rows * dq_row * (in_accum ? p.batch_size * p.num_heads_kv : 1);
+  Acc* dq = t.dq;
+  if (in_accum) {
+    const int64_t first = (batch * p.num_heads_kv + head_kv) * dq_rows + row_begin;
+    dq = static_cast<Acc*>(p.dq_accum) + first * dq_row;
+  } else if (p.pass == BwdPass::kQueries) {
+    fill_zero(dq, p.key_parts() * dq_part);
   }
 
-  for (int64_t key = key_begin; key < key_end; key += block_n) {
-    const KeyBlock slots{key, min_of(block_n, key_end - key)};
+  for (int64_t key = key_begin, next; key < key_end; key = next) {
+    const int64_t part = key / p.keys_per_part;
+    next = min_of(key + block_n, min_of(key_end, (part + 1) * p.keys_per_part));
+    const KeyBlock slots{key, next - key};
     // Slots outside the sequence are not even read: they may hold anything.
     const int64_t first = max_of(slots.first, visibility.kv_begin);
     const KeyBlock keys{first, min_of(slots.first + slots.count, visibility.kv_end) - first};
@@ -284,10 +300,10 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
       if (!keys_are_loaded) load_keys(p, batch, head_kv, keys, t);
       keys_are_loaded = true;
       describe_rows(p, visibility, head_kv, row, rows, t.rows);
-      const bool first_time = p.pass == BwdPass::kKeys || keys.first <= visible.begin;
+      const bool first_time = key == key_begin || keys.first <= visible.begin;
       if (first_time) prepare_rows(p, batch, rows, at, t);
       load_rows(p, batch, rows, at, first_time, t);
-      add_gradients(p, batch, keys, rows, at, dq + at * dq_row, dq_row, t);
+      add_gradients(p, batch, keys, rows, at, dq + part * dq_part + at * dq_row, dq_row, t);
     }
     if (!wants_keys) continue;
     store_keys(p, batch, head_kv, keys, t);
@@ -300,10 +316,13 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
     }
   }
 
-  for (int64_t row = row_begin; p.pass != BwdPass::kKeys && row < row_end; ++row) {
+  if (p.pass == BwdPass::kKeys || (p.pass == BwdPass::kFused && p.key_parts() > 1)) return;
+  for (int64_t row = row_begin; row < row_end; ++row, dq += dq_row) {
+    for (int64_t i = 1; i < p.key_parts(); ++i) {
+      for (int64_t c = 0; c < p.head_dim; ++c) dq[c] += dq[i * dq_part + c];
+    }
     const int64_t head = head_kv * p.group_size() + row % p.group_size();
-    store_query(p, dq + (row - row_begin) * dq_row,
-                element_of<Element>(p.dq, batch, row / p.group_size(), head), t);
+    store_query(p, dq, element_of<Element>(p.dq, batch, row / p.group_size(), head), t);
   }
 }
 

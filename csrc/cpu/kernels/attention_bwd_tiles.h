@@ -54,7 +54,7 @@ struct TileBackwardScratch : BackwardRows<float> {
     ds_rows = arena.take<BFloat16>(kMatrixRows * n);
     dk = arena.take<float>(n * d_row);
     dv = arena.take<float>(n * dv_row);
-    dq = arena.take<float>(m * d_row);
+    dq = arena.take<float>(dq_scratch(p, tile));
     untransposed = arena.take<float>(n * widest);
   }
 
