@@ -269,6 +269,19 @@ def test_parts_of_the_keys(device, isa, dtype, feature, threads):
         assert_same_bits(x, y, name)
 
 
+@all_dtypes
+def test_a_sequence_has_the_same_bits_in_a_batch(device, isa, dtype, threads):
+    q, k, v = make_qkv(4, 75, 1100, 2, 1, 24, dtype=dtype, device=device, requires_grad=True)
+    dout = torch.randn(4, 75, 2, 24, device=device).to(dtype)
+    together = torch.autograd.grad(attention(q, k, v, causal=True), (q, k, v), dout)
+    threads(3)
+    alone = torch.autograd.grad(
+        attention(*(t[1:2] for t in (q, k, v)), causal=True), (q, k, v), dout[1:2]
+    )
+    for name, x, y in zip(("dq", "dk", "dv"), together, alone, strict=True):
+        assert_same_bits(x[1], y[1], name)
+
+
 def test_no_graph_without_grad(device):
     q, k, v = make_qkv(1, 4, 4, device=device, requires_grad=True)
     with torch.no_grad():

@@ -83,17 +83,16 @@ inline Tile cpu_backward_matrix_tile(int64_t seqlen_kv) {
   return {128, seqlen_kv >= 1024 ? 256 : 128};
 }
 
-// The keys of a task of the fused backward. Parts of them, each with a dQ of its own, make more
-// tasks where (batch, KV head) pairs are few: three tasks keep two threads 3/4 busy; with a causal
-// mask two parts of each have 3/4 and 1/4 of its work and keep them busy all the time. A part reads
-// and packs all rows again, so it has about 512 keys or more. All dQ but the first are at most
-// 16 MB of float32: memory stays linear in the sequence. Bits depend on it, so threads have no say.
-inline int64_t cpu_backward_keys_per_part(int64_t independent, int64_t seqlen_kv,
+// The keys of a task of the fused backward. With few heads there are two parts of them, each with a
+// dQ of its own: three tasks keep two threads 3/4 busy, and with a causal mask the parts have 3/4
+// and 1/4 of the work and keep them busy all the time. A part reads and packs all rows again, so it
+// has 512 keys or more; the second dQ of a sequence is at most 16 MB, so that memory stays linear.
+// One sequence's shape decides: its bits depend on neither the batch nor the threads.
+inline int64_t cpu_backward_keys_per_part(int64_t num_heads_kv, int64_t seqlen_kv,
                                           int64_t elements_of_dq) {
-  const int64_t most = std::min<int64_t>(1 + (int64_t{4} << 20) / elements_of_dq, 4);
-  const int64_t parts = std::min({12 / independent, seqlen_kv / 512, most});
+  const bool two = num_heads_kv <= 6 && seqlen_kv >= 1024 && elements_of_dq <= int64_t{4} << 20;
   constexpr int64_t align = 64;  // block_n of the vector levels: no block is cut
-  return ceil_div(seqlen_kv, std::max<int64_t>(parts, 1) * align) * align;
+  return ceil_div(seqlen_kv, (two ? 2 : 1) * align) * align;
 }
 
 // Keys per split in batch-invariant mode: fixed, so that a sequence's own length decides.

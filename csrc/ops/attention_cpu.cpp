@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   const int64_t independent = p.batch_size * p.num_heads_kv;
   const int64_t width = ceil_div(p.head_dim, kAccumulatorAlign) * kAccumulatorAlign;
-  p.keys_per_part =
-      cpu_backward_keys_per_part(independent, p.seqlen_kv, independent * p.dq_accum_rows() * width);
+  p.keys_per_part = cpu_backward_keys_per_part(p.num_heads_kv, p.seqlen_kv,
+                                               p.num_heads_kv * p.dq_accum_rows() * width);
   const int64_t parts = p.key_parts();
   const bool fused =
       work < kSerialWork || parts * independent >= int64_t{torch::stable::get_num_threads()};
