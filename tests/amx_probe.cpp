@@ -10,6 +10,7 @@
 // avx2.h first: the emulation multiplies with its fma.
 #include "cpu/isa/amx_emulation.h"
 #include "cpu/isa/amx_gemm.h"
+#include "cpu/isa/math.h"
 
 using flashinfer_lite::BFloat16;
 using namespace flashinfer_lite::cpu::amx_probe;
@@ -66,6 +67,18 @@ void round_floats(int64_t count, const float* x, void* out) {
   for (int64_t i = 0; i < count; i += kWidth<float>) {
     store_bfloat16(static_cast<BFloat16*>(out) + i, load(x + i));
   }
+}
+
+void round_pairs(int64_t count, const float* even, const float* odd, void* pairs, void* even_row,
+                 void* odd_row) {
+  for (int64_t i = 0; i < count; i += kWidth<float>) {
+    store_pairs(static_cast<BFloat16*>(pairs) + 2 * i, static_cast<BFloat16*>(even_row) + i,
+                static_cast<BFloat16*>(odd_row) + i, load(even + i), load(odd + i));
+  }
+}
+
+void short_exponentials(int64_t count, const float* x, float* out) {
+  for (int64_t i = 0; i < count; i += kWidth<float>) store(out + i, exp2_short(load(x + i)));
 }
 
 void keys(int64_t count, int64_t depth, const void* k, int64_t k_row, void* tiles, void* staging) {

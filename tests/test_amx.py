@@ -174,6 +174,26 @@ def test_rounding_to_bfloat16(device, probe):
     assert torch.equal(out[finite].view(torch.int16), expected[finite].view(torch.int16))
 
 
+def test_rounding_of_two_rows(device, probe):
+    rows = torch.randn(2, 1 << 12)
+    rows[:, :4] = torch.tensor([[NAN, INF, 2.0**-130, 0.0], [-INF, -NAN, 1.0, -(2.0**-130)]])
+    pairs, even, odd = (torch.empty(n << 12, dtype=torch.bfloat16) for n in (2, 1, 1))
+    call(probe.round_pairs, 1 << 12, rows[0], rows[1], pairs, even, odd)
+    expected = torch.where(rows.abs() < SMALLEST, 0.0, rows).bfloat16()
+    for found in (torch.stack([even, odd]), pairs.view(-1, 2).T):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_short_exponentials(device, probe):
+    x = torch.cat([torch.linspace(-126, 0, 1 << 16), torch.linspace(-2, 0, 1 << 16)])
+    x[:2] = torch.tensor([-126.0, NAN])
+    out = torch.empty_like(x)
+    call(probe.short_exponentials, x.numel(), x, out)
+    exact = torch.exp2(x.double())
+    assert out[1].isnan() and out[-1] == 1 and (out[2:] <= 1).all()
+    assert ((out / exact - 1).abs()[[0, *range(2, len(x))]] < 3.1e-6).all()
+
+
 def up(n, multiple=32):
     return -(-n // multiple) * multiple
 

@@ -116,8 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const bool fused =
       work < kSerialWork || parts * independent >= int64_t{torch::stable::get_num_threads()};
   if (fused) {
-    Tensor dq_accum =
-        torch::stable::new_zeros(q, {parts * independent, p.dq_accum_rows(), width}, accumulator);
+    Tensor dq_accum = new_tensor(q, {parts * independent, p.dq_accum_rows(), width}, accumulator);
     p.dq_accum = dq_accum.data_ptr();
     p.pass = BwdPass::kFused;
     run_tasks(kernels.attention_bwd, p, work);

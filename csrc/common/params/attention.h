@@ -123,7 +123,7 @@ struct AttentionBwdParams : AttentionParams {
   BwdPass pass = BwdPass::kFused;
   int64_t keys_per_part = 0;
   int64_t key_parts() const { return ceil_div(seqlen_kv, keys_per_part); }
-  // Fused pass: dQ in the accumulator's type, zeroed, [key_parts, batch, num_heads_kv,
+  // Fused pass: dQ in the accumulator's type, [key_parts, batch, num_heads_kv,
   // dq_accum_rows, head_dim rounded up to kAccumulatorAlign].
   void* dq_accum = nullptr;
   // A matrix unit writes whole blocks of rows, those behind the last too.

@@ -62,13 +62,19 @@ FIL_INLINE void store_bfloat16(BFloat16* to, Vector<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+struct WordOrder {
+  alignas(64) uint16_t from[32];
+};
+constexpr WordOrder kInterleaved = [] {
+  WordOrder order{};
+  for (int i = 0; i < 32; ++i) order.from[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return order;
+}();
+
 // Two rows rounded likewise, interleaved: pairs[2i] is even[i], pairs[2i + 1] is odd[i].
 FIL_INLINE __m512i store_pairs(BFloat16* pairs, Vector<float> even, Vector<float> odd) {
-  constexpr int64_t step = 1 | 1ll << 16 | 1ll << 32 | 1ll << 48;
-  const __m512i order = _mm512_add_epi16(
-      _mm512_mullo_epi64(_mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0), _mm512_set1_epi64(step)),
-      _mm512_set1_epi64(16ll << 16 | 1ll << 32 | 17ll << 48));
-  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // even's first
+  const __m512i order = _mm512_load_si512(kInterleaved.from);
   _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, rows));
   return rows;
 }

@@ -279,9 +279,9 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
   if (in_accum) {
     const int64_t first = (batch * p.num_heads_kv + head_kv) * dq_rows + row_begin;
     dq = static_cast<Acc*>(p.dq_accum) + first * dq_row;
-  } else if (p.pass == BwdPass::kQueries) {
-    fill_zero(dq, p.key_parts() * dq_part);
   }
+  if (p.pass == BwdPass::kFused) fill_zero(dq + block * dq_part, dq_rows * dq_row);
+  if (p.pass == BwdPass::kQueries) fill_zero(dq, p.key_parts() * dq_part);
 
   for (int64_t key = key_begin, next; key < key_end; key = next) {
     const int64_t part = key / p.keys_per_part;
