@@ -95,34 +95,32 @@ inline void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, 
   transpose_rows(padded, t.dv_row, t.dout, t.staging, t.dout_transposed, t.tile.block_m);
 }
 
-// A quarter of a chunk's products: S or dP of half its keys.
-FIL_INLINE void multiply_step(Tiles& tiles, const TileBlock& b, const Chunk& chunk, int64_t step,
-                              float* products) {
+// S and dP of a chunk.
+FIL_INLINE void add_products(const TileBlock& b, const Chunk& chunk, float* products,
+                             AmxQueue& queue) {
   const TileBackwardScratch& t = b.t;
-  const int64_t c = step / 2 * 2 * kAmxRows, key = chunk.key + c;
-  if (key >= b.keys.count) return;
-  if (step % 2 == 0) {
-    amx_gemm(tiles, kMatrixRows, 2 * kAmxRows, b.p.head_dim, t.q + chunk.row * t.d_row, t.d_row,
-             t.k_columns + key * t.d_row, products + c, kChunkKeys, false);
-  } else {
-    amx_gemm(tiles, kMatrixRows, 2 * kAmxRows, b.p.head_dim_v, t.dout + chunk.row * t.dv_row,
-             t.dv_row, t.v_columns + key * t.dv_row, products + kChunkElements + c, kChunkKeys,
-             false);
-  }
+  const int64_t count = chunk.keys(b).count;
+  queue.add({kMatrixRows, count, b.p.head_dim, t.q + chunk.row * t.d_row, t.d_row,
+             t.k_columns + chunk.key * t.d_row, t.d_row, products, kChunkKeys, false});
+  queue.add({kMatrixRows, count, b.p.head_dim_v, t.dout + chunk.row * t.dv_row, t.dv_row,
+             t.v_columns + chunk.key * t.dv_row, t.dv_row, products + kChunkElements, kChunkKeys,
+             false});
 }
 
 // dQ of the 32 rows of a chunk that was their last.
-inline void add_dq(Tiles& tiles, const TileBlock& b, const Chunk& chunk, float* dq,
-                   int64_t dq_row) {
-  const int64_t n = b.t.tile.block_n, padded = round_up(b.keys.count, kAmxDepth);
+FIL_INLINE AmxProduct dq_product(const TileBlock& b, const Chunk& chunk, float* dq,
+                                 int64_t dq_row) {
   const auto& [begin, end] = chunk.seen;
-  for (int64_t r = 0; r < kMatrixRows; ++r) {
-    BFloat16* const ds = b.t.ds_rows + r * n;
-    __builtin_memset(ds, 0, begin * sizeof *ds);
-    __builtin_memset(ds + end, 0, (padded - end) * sizeof *ds);
-  }
-  amx_gemm(tiles, kMatrixRows, b.p.head_dim, b.keys.count, b.t.ds_rows, n, b.t.k_rows,
-           dq + chunk.row * dq_row, dq_row, true);
+  return {kMatrixRows,
+          b.p.head_dim,
+          end - begin,
+          b.t.ds_rows + begin,
+          b.t.tile.block_n,
+          b.t.k_rows + begin * kAmxRows,
+          round_up(b.keys.count, kAmxDepth),
+          dq + chunk.row * dq_row,
+          dq_row,
+          true};
 }
 
 // dV^T and dK^T, 32 keys at a time: what they read of P and dS stays in the first-level cache.
@@ -148,20 +146,21 @@ inline void add_gradients(const AttentionBwdParams& p, int64_t batch, const KeyB
                           const TileBackwardScratch& t) {
   const TileBlock b{p, batch, keys, rows, round_up(rows, kAmxDepth), t.block(at)};
   Tiles tiles(kFullTiles);  // per block: nanoseconds, and no configuration outlives its use
+  AmxQueue queue(tiles);
   Chunk chunk;
   bool more = advance(b, chunk);
-  for (int64_t step = 0; more && step < kSteps; ++step) {
-    multiply_step(tiles, b, chunk, step, t.products[0]);
-  }
+  if (more) add_products(b, chunk, t.products[0], queue);
+  queue.finish();
   for (int side = 0; more; side ^= 1) {
     Chunk next = chunk;
     more = advance(b, next);
     // The processor multiplies the next chunk while it rounds this one.
-    round_chunk(b, chunk, t.products[side], [&](int64_t step) __attribute__((always_inline)) {
-      if (more) multiply_step(tiles, b, next, step, t.products[side ^ 1]);
-    });
+    if (more) add_products(b, next, t.products[side ^ 1], queue);
+    round_chunk(b, chunk, t.products[side], queue);
+    queue.finish();
     const bool last = !more || next.row != chunk.row;
-    if (last && p.pass != BwdPass::kKeys) add_dq(tiles, b, chunk, dq, dq_row);
+    if (last && p.pass != BwdPass::kKeys) queue.add(dq_product(b, chunk, dq, dq_row));
+    queue.finish();
     chunk = next;
   }
   if (p.pass != BwdPass::kQueries) add_dk_dv(tiles, b);

@@ -182,16 +182,15 @@ FIL_INLINE void finish_pair(const TileBlock& b, const KeyBlock& keys, int64_t ro
   }
 }
 
-// P and dS of a chunk from its products. Calls between(step) for each quarter of the rows.
-constexpr int64_t kSteps = 4;
-template <class Between>
+// P and dS of a chunk from its products, and before each pair of rows its share of the queue.
 FIL_INLINE void round_chunk(const TileBlock& b, const Chunk& chunk, float* products,
-                            const Between& between) {
+                            AmxQueue& queue) {
   const TileBackwardScratch& t = b.t;
   const KeyBlock keys = chunk.keys(b);
+  const int64_t steps = queue.steps();
   const bool in_rows = b.p.softcap > 0 || b.p.mask.type != MaskType::kNone;
   for (int64_t r = 0; r < kMatrixRows; r += 2) {
-    if (r % (kMatrixRows / kSteps) == 0) between(r / (kMatrixRows / kSteps));
+    while (queue.steps() > 0 && (steps - queue.steps()) * kMatrixRows <= r * steps) queue.step();
     const int64_t row = chunk.row + r, at = chunk.key * b.depth + row * kAmxRows;
     BFloat16* const ds_row = t.ds_rows + r * t.tile.block_n + chunk.key;
     const RowPair pair{t.rows + row,
