@@ -103,7 +103,7 @@ class AmxQueue {
  public:
   explicit AmxQueue(Tiles& tiles) : tiles_(tiles) {}
 
-  // At most two at a time.
+  // At most three at a time.
   FIL_INLINE void add(const AmxProduct& product) {
     if (steps_ == 0) {
       next_ = 0;
@@ -220,7 +220,7 @@ class AmxQueue {
   }
 
   Tiles& tiles_;
-  AmxProduct products_[2];
+  AmxProduct products_[3];
   int next_ = 0, count_ = 0;
   int64_t steps_ = 0;
   int64_t col_ = 0, d_ = 0, depth_ = 0;  // of the product that is next

@@ -114,7 +114,7 @@ FIL_INLINE AmxProduct dq_product(const TileBlock& b, const Chunk& chunk, float* 
   return {kMatrixRows,
           b.p.head_dim,
           end - begin,
-          b.t.ds_rows + begin,
+          chunk.ds_rows(b) + begin,
           b.t.tile.block_n,
           b.t.k_rows + begin * kAmxRows,
           round_up(b.keys.count, kAmxDepth),
@@ -151,18 +151,22 @@ inline void add_gradients(const AttentionBwdParams& p, int64_t batch, const KeyB
   bool more = advance(b, chunk);
   if (more) add_products(b, chunk, t.products[0], queue);
   queue.finish();
+  Chunk before;
+  bool owes_dq = false;  // of the rows of `before`
   for (int side = 0; more; side ^= 1) {
     Chunk next = chunk;
     more = advance(b, next);
-    // The processor multiplies the next chunk while it rounds this one.
+    // The processor multiplies the next chunk and the rows before while it rounds this one.
     if (more) add_products(b, next, t.products[side ^ 1], queue);
+    if (owes_dq) queue.add(dq_product(b, before, dq, dq_row));
     round_chunk(b, chunk, t.products[side], queue);
     queue.finish();
-    const bool last = !more || next.row != chunk.row;
-    if (last && p.pass != BwdPass::kKeys) queue.add(dq_product(b, chunk, dq, dq_row));
-    queue.finish();
+    owes_dq = p.pass != BwdPass::kKeys && (!more || next.row != chunk.row);
+    before = chunk;
     chunk = next;
   }
+  if (owes_dq) queue.add(dq_product(b, before, dq, dq_row));
+  queue.finish();
   if (p.pass != BwdPass::kQueries) add_dk_dv(tiles, b);
 }
 

@@ -38,7 +38,7 @@ struct TileBackwardScratch : BackwardRows<float> {
     slope = arena.take<float>(kChunkKeys);
     p_pairs = arena.take<BFloat16>(m * n);
     ds_pairs = arena.take<BFloat16>(m * n);
-    ds_rows = arena.take<BFloat16>(kMatrixRows * n);
+    ds_rows = arena.take<BFloat16>(2 * kMatrixRows * n);
     dk = arena.take<float>(n * d_row);
     dv = arena.take<float>(n * dv_row);
     dq = arena.take<float>(dq_scratch(p, tile));
@@ -83,6 +83,11 @@ struct Chunk {
   int64_t key = 0;
   KeyRange seen;  // keys of the block that some of the rows see, whole chunks
 
+  // dS in rows: those of the 32 rows before stay until their dQ is done. Rows that see any key of a
+  // block lie side by side, so the next ones are the next.
+  BFloat16* ds_rows(const TileBlock& b) const {
+    return b.t.ds_rows + row % (2 * kMatrixRows) * b.t.tile.block_n;
+  }
   KeyBlock keys(const TileBlock& b) const {
     return {b.keys.first + key, min_of(kChunkKeys, b.keys.count - key)};
   }
@@ -192,7 +197,7 @@ FIL_INLINE void round_chunk(const TileBlock& b, const Chunk& chunk, float* produ
   for (int64_t r = 0; r < kMatrixRows; r += 2) {
     while (queue.steps() > 0 && (steps - queue.steps()) * kMatrixRows <= r * steps) queue.step();
     const int64_t row = chunk.row + r, at = chunk.key * b.depth + row * kAmxRows;
-    BFloat16* const ds_row = t.ds_rows + r * t.tile.block_n + chunk.key;
+    BFloat16* const ds_row = chunk.ds_rows(b) + r * t.tile.block_n + chunk.key;
     const RowPair pair{t.rows + row,
                        t.lse_log2 + row,
                        t.delta + row,
