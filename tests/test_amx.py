@@ -6,6 +6,7 @@ The kernels on these tiles are tested as every level is, through `isa`.
 import ctypes
 import itertools
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -271,13 +272,44 @@ def test_the_number_of_rows_does_not_change_a_bit(device):
             assert torch.equal(part, whole[:, first:last])
 
 
+@pytest.mark.parametrize("first_query", [0, 75])  # 75: ten rows, in place
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
-def test_values_that_are_not_finite_reach_the_rows_that_see_them(device, value):
+def test_values_that_are_not_finite_reach_the_rows_that_see_them(device, value, first_query):
     q, k, v = make_qkv(1, 80, 80, 2, 1, 40, dtype=torch.bfloat16)
+    q = q[:, first_query:]
     poisoned = v.clone()
-    v[0, 20, 0, 3] = v[0, 41, 0, 7] = 0.0
-    poisoned[0, 20, 0, 3] = poisoned[0, 41, 0, 7] = value
+    for key, column in ((20, 3), (41, 7), (78, 9)):
+        v[0, key, 0, column], poisoned[0, key, 0, column] = 0.0, value
     with force_isa(EMULATED):
         expected, out = (attention(q, k, x, causal=True) for x in (v, poisoned))
-    expected[0, 20:, :, 3] = expected[0, 41:, :, 7] = value
+    for key, column in ((20, 3), (41, 7), (78, 9)):
+        expected[0, max(key - first_query, 0) :, :, column] = value
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# q, k and v each end where a page begins that must not be touched.
+AT_THE_END = f"""
+import os, torch
+from flashinfer_lite import attention
+from flashinfer_lite.testing import force_isa
+from page_ends import at_the_end
+
+for queries, keys, head_dim in ((1, 5, 8), (4, 33, 32), (8, 70, 40), (8, 96, 64), (50, 70, 72)):
+    q, k, v = at_the_end(1, queries, 2, head_dim), *(at_the_end(1, keys, 1, head_dim) for _ in "kv")
+    with force_isa({EMULATED!r}):
+        out = attention(*(x.requires_grad_() for x in (q, k, v)))
+        assert torch.equal(out, torch.full_like(out, 0.5))
+        out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    print(queries, keys, head_dim, flush=True)
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+def test_nothing_behind_the_tensors_is_read(device):
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", AT_THE_END]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"

@@ -1,9 +1,11 @@
 """flat_gemm on AMX tiles, emulated: more than one block of everything, tails, and whose bits depend
 on what. test_flat_linear.py runs at this level too."""
 
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,33 +122,24 @@ def test_tiles_do_it(device):
 
 # x and the weight each end where a page begins that must not be touched.
 AT_THE_END = f"""
-import ctypes, mmap, os, torch
+import os, torch
 from flashinfer_lite import flat_linear
 from flashinfer_lite.testing import force_isa
-libc, kept = ctypes.CDLL(None, use_errno=True), []
-
-def at_the_end(rows, columns):
-    size = rows * columns * 2
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    kept.append(memory)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    page = ctypes.c_void_p(address + pages)
-    if libc.mprotect(page, ctypes.c_size_t(mmap.PAGESIZE), 0):
-        raise OSError(ctypes.get_errno(), "mprotect")
-    flat = torch.frombuffer(memory, dtype=torch.bfloat16, count=pages // 2)
-    return flat[pages // 2 - rows * columns :].view(rows, columns).fill_(0.5)
+from page_ends import at_the_end
 
 for m, n, k in ((1, 1, 1), (3, 5, 33), (17, 33, 31), (2, 32, 32), (65, 70, 100), (4, 290, 2080)):
     with force_isa({EMULATED!r}):
         out = flat_linear(at_the_end(m, k), at_the_end(n, k), impl="flat_gemm")
     assert torch.equal(out, torch.full((m, n), k / 4).bfloat16())
     print(m, n, k, flush=True)
-os._exit(7)  # the mappings cannot be closed while tensors have them
+os._exit(7)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
 def test_nothing_behind_the_tensors_is_read(device):
-    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", AT_THE_END]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"
