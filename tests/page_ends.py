@@ -7,6 +7,10 @@ have them.
 import ctypes
 import math
 import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -25,3 +29,12 @@ def at_the_end(*shape):
         raise OSError(ctypes.get_errno(), "mprotect")
     flat = torch.frombuffer(memory, dtype=torch.bfloat16, count=pages // 2)
     return flat[pages // 2 - count :].view(shape).fill_(0.5)
+
+
+def run_child(code):
+    """Run a program that imports this module and ends by os._exit(7)."""
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"

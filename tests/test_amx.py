@@ -6,7 +6,6 @@ The kernels on these tiles are tested as every level is, through `isa`.
 import ctypes
 import itertools
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from page_ends import run_child
 
 import flashinfer_lite
 from flashinfer_lite import attention
@@ -308,8 +308,4 @@ os._exit(7)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
 def test_nothing_behind_the_tensors_is_read(device):
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", AT_THE_END]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"
+    run_child(AT_THE_END)

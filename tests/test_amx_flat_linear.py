@@ -1,14 +1,12 @@
 """flat_gemm on AMX tiles, emulated: more than one block of everything, tails, and whose bits depend
 on what. test_flat_linear.py runs at this level too."""
 
-import os
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from page_ends import run_child
 
 from flashinfer_lite import explain, flat_linear
 from flashinfer_lite.testing import EMULATED, assert_same_bits, force_isa, guarded, isa_levels
@@ -138,8 +136,4 @@ os._exit(7)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
 def test_nothing_behind_the_tensors_is_read(device):
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", AT_THE_END]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"
+    run_child(AT_THE_END)
