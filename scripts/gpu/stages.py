@@ -214,7 +214,7 @@ def sanitizer(run: Run, seconds: float) -> dict:
     def under(name, *command):
         options = [tool, "--tool", name, "--error-exitcode", "86", "--print-limit", "20"]
         # The runtime's own probing calls fail where torch expects it; our launches are checked.
-        options += ["--report-api-errors", "no", "--kernel-regex", OURS, *command]
+        options += ["--report-api-errors", "no", "--kernel-name", OURS, *command]
         key = f"{name}_{'planted' if command[0] == proof else 'cases'}"
         # Each allocation is the device's own, so that its end is a bound that memcheck knows.
         left = deadline - time.monotonic()
