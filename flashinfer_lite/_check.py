@@ -165,6 +165,20 @@ def mask(x, q, k):
     return x[(None,) * (4 - x.dim())]
 
 
+def sink(x, q):
+    if x is None:
+        return
+    tensor("sink", x)
+    if x.dtype not in ELEMENT_DTYPES:
+        raise TypeError(
+            f"sink: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}"
+        )
+    if x.device != q.device:
+        raise ValueError(f"sink: expected q's device {q.device}, got {x.device}")
+    if x.shape != (q.shape[2],):
+        raise ValueError(f"sink: expected shape [{q.shape[2]}] (num_heads_q), got {list(x.shape)}")
+
+
 def choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")

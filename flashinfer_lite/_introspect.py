@@ -19,7 +19,6 @@ from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
 NOT_LANDED = (
     "dropout_p",
     "alibi_slopes",
-    "sink",
     "block_table",
     "process_group",
 )
@@ -110,9 +109,10 @@ def explain(op, *args, **kwargs) -> Explanation:
     prepare(q, k, v, *(given[n] for n in common), names)
     _check.unified(given["softmax"], given["phi"], q)
     _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
+    _check.sink(given["sink"], q)
     splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
     if name == "decode":
-        check_decode(q, k, v, given["mask"], splits, invariant, given["out"])
+        check_decode(q, k, v, given["mask"], given["sink"], splits, invariant, given["out"])
     if _check.impl(given["impl"], q):
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)

@@ -2,7 +2,7 @@
 
 import torch
 
-from flashinfer_lite import _check, _ops, _plain, reference
+from flashinfer_lite import _check, _ops, _plain, _sink, reference
 
 
 def attention(
@@ -33,7 +33,7 @@ def attention(
         out = softmax(S) v,  lse = log sum exp(S)
 
     Dao, "FlashAttention-2" (arXiv 2307.08691). K and V are read where they lie, never copied or
-    expanded. Differentiable in q, k, v, an additive mask, and through lse.
+    expanded. Differentiable in q, k, v, an additive mask, a sink, and through lse.
 
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], float64 (CPU only), float32, bfloat16 or
@@ -66,12 +66,18 @@ def attention(
             10.4). `flashinfer_lite.calibrate` measures it; None with "unified" is 0. It decides how
             many rows are computed twice, `stats()` counts them, never what comes out beyond
             rounding: a row computed again is bit for bit what "online" gives.
-        alibi_slopes, sink, dropout_p: not implemented yet, refused.
+        sink: [num_heads_q], float64, float32, bfloat16 or float16: one more score for each query
+            head, with no value, as if every row saw one key more whose v is 0. It takes a share of
+            the softmax that no key gets, exp(sink) / (exp(sink) + sum exp(S)), and is counted in
+            lse: the learned sink of GPT-OSS, after Xiao et al., "Efficient Streaming Language
+            Models with Attention Sinks" (arXiv 2309.17453), where the first tokens play it. No
+            scale, softcap, mask or window applies to it. -inf is no sink, NaN makes its head NaN.
+        alibi_slopes, dropout_p: not implemented yet, refused.
 
     Returns:
         out [batch, seqlen_q, num_heads_q, head_dim_v], or (out, lse) with lse [batch, num_heads_q,
         seqlen_q], natural log, float32 (float64 for float64). A row that sees no key: out 0, lse
-        -inf, gradients 0.
+        -inf, gradients 0; with a sink: out 0, lse the sink, and the gradient of lse is the sink's.
 
     Raises:
         TypeError, ValueError: naming the argument, what is expected and what came.
@@ -108,14 +114,17 @@ def attention(
     q, k, v = _check.under_autocast(q, k, v)
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
     phi = _check.unified(softmax, phi, q)
-    _check.not_landed(dropout_p, alibi_slopes=alibi_slopes, sink=sink)
+    _check.sink(sink, q)
+    _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
     if _check.impl(impl, q):
-        out, lse = run_reference(arguments)
+        out, lse = run_reference(arguments, sink)
     else:
         _check.no_cuda_backward(*arguments[:4])
         tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True))
         _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
         out, lse = _ops.attention_fwd(*arguments, *phi)
+        if sink is not None:
+            out, lse = _sink.fold(out, lse, sink, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -148,7 +157,7 @@ def prepare(
     return q, k, v, mask, kv_start, seqlens_kv, *scores
 
 
-def run_reference(arguments):
+def run_reference(arguments, sink):
     """The eager oracle on prepared arguments."""
     q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right = arguments
     return reference.attention(
@@ -160,6 +169,7 @@ def run_reference(arguments):
         softmax_scale=softmax_scale,
         softcap=softcap or None,
         mask=mask,
+        sink=sink,
         kv_start=kv_start,
         seqlens_kv=seqlens_kv,
         return_lse=True,

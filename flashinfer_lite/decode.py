@@ -2,7 +2,7 @@
 
 import torch
 
-from flashinfer_lite import _check, _ops, _plain
+from flashinfer_lite import _check, _ops, _plain, _sink
 from flashinfer_lite.attention import prepare, run_reference
 
 
@@ -50,9 +50,10 @@ def decode(
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
             neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
         block_table, process_group: not implemented yet, refused.
-        causal, window, softmax_scale, softcap, mask, softmax, phi, impl, return_lse, and the rest:
-            as in `attention`. causal matters when seqlen_q > 1. With softmax="unified" partial
-            states are merged by plain sums, and the guard is asked once per row, after all splits.
+        causal, window, softmax_scale, softcap, mask, sink, softmax, phi, impl, return_lse, and the
+            rest: as in `attention`. causal matters when seqlen_q > 1. With softmax="unified"
+            partial states are merged by plain sums, and the guard is asked once per row, after all
+            splits. A sink, too, is counted once, after them.
 
     Returns:
         out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
@@ -100,27 +101,30 @@ def decode(
         ("q", "k_cache", "v_cache"),
     )
     phi = _check.unified(softmax, phi, q)
+    _check.sink(sink, q)
     _check.not_landed(
         dropout_p,
         block_table=block_table,
         process_group=process_group,
         alibi_slopes=alibi_slopes,
-        sink=sink,
     )
-    check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out)
+    check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
     if _check.impl(impl, q):
-        result, lse = run_reference(arguments)
-        result = result if out is None else out.copy_(result)
-    elif out is None:
-        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi)
-    else:
+        result, lse = run_reference(arguments, sink)
+    elif out is not None and sink is None:
         result = out
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
         _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi)
+    else:
+        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi)
+        if sink is not None:
+            result, lse = _sink.fold(result, lse, sink, return_lse)
+    if out is not None and result is not out:
+        result = out.copy_(result)
     return (result, lse) if return_lse else result
 
 
-def check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out):
+def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out):
     """Check what decode takes beyond attention's arguments."""
     if isinstance(kv_splits, bool) or not isinstance(kv_splits, int):
         raise TypeError(f"kv_splits: expected an integer, got {kv_splits!r}")
@@ -128,14 +132,14 @@ def check_decode(q, k_cache, v_cache, mask, kv_splits, batch_invariant, out):
         raise ValueError(f"kv_splits: expected 0 (automatic) to 4096, got {kv_splits}")
     if batch_invariant and kv_splits:
         raise ValueError(f"kv_splits: expected 0 with batch_invariant, got {kv_splits}")
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
     if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("mask", mask)):
+        for name, x in {**tensors, "sink": sink}.items():
             if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"{name}: decode is for inference and got a tensor that requires grad; "
                     "use attention to train, or torch.no_grad()"
                 )
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
     _check.no_forward_ad("decode", "; reference.attention has", **tensors)
     if out is not None:
         _check_out(out, q, v_cache)

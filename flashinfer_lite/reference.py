@@ -7,12 +7,14 @@ eager error that tolerances are made of.
     scores = softmax_scale * q k^T
     scores = softcap * tanh(scores / softcap)            if softcap
     scores = scores + mask                               if the mask is additive
+    scores = [scores, sink]                              if there is one: a column without a value
     out    = softmax(scores over the visible keys) v
     lse    = log sum_visible exp(scores)
 
 A hidden key is removed by selection, never by adding a large negative number, and NaN or inf in it
 reaches neither the output nor a gradient. A row without any visible key has out 0, lse -inf, and
-gives and receives gradients of exactly 0.
+gives and receives gradients of exactly 0; with a sink its lse is the sink, and so is the gradient's
+way.
 """
 
 import math
@@ -78,6 +80,7 @@ def attention(
     softmax_scale=None,
     softcap=None,
     mask=None,
+    sink=None,
     kv_start=None,
     seqlens_kv=None,
     return_lse=False,
@@ -96,6 +99,8 @@ def attention(
         softcap: None, or a finite number > 0.
         mask: bool (True is visible) or additive, broadcastable from the right to [batch,
             num_heads_q, seqlen_q, seqlen_kv]. Exactly -inf hides a key.
+        sink: [num_heads_q], a score that every row of a head has and that has no value; -inf is
+            none, inf leaves nothing to the keys.
         kv_start, seqlens_kv: int [batch]; the visible slots are ``kv_start <= j < seqlens_kv``.
         return_lse: also return the log-sum-exp.
         dtype: what to compute in, and the dtype of the result. Default: q's. Every intermediate is
@@ -155,14 +160,24 @@ def attention(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + torch.where(visible, bias, 0)
+    if sink is not None:
+        sink = sink.to(dtype).view(num_heads_q, 1, 1).expand(*alive.shape)
+        alive = alive | (sink != -math.inf)
     # An empty row is made an ordinary row of zeros first: softmax of only -inf has NaN gradients.
     scores = torch.where(visible, scores, torch.where(alive, -math.inf, 0.0).to(dtype))
-    probs = torch.where(visible, torch.softmax(scores, -1), 0)
+    if sink is not None:
+        # softmax of inf is NaN; its limit is a row that the sink has to itself.
+        whole = sink == math.inf
+        column = torch.where(alive & ~whole, sink, 0)
+        scores = torch.cat([torch.where(whole, -math.inf, scores), column], -1)
+    probs = torch.where(visible, torch.softmax(scores, -1)[..., :seqlen_kv], 0)
     out = _select_sum(probs, v, visible).transpose(1, 2)
     if not return_lse:
         return out
-    lse = torch.logsumexp(scores.to(torch.promote_types(dtype, torch.float32)), -1)
-    return out, torch.where(alive.squeeze(-1), lse, -math.inf)
+    lse = torch.logsumexp(scores.to(torch.promote_types(dtype, torch.float32)), -1, keepdim=True)
+    if sink is not None:
+        lse = torch.where(whole, sink.to(lse.dtype), lse)
+    return out, torch.where(alive, lse, -math.inf).squeeze(-1)
 
 
 def _select_scores(q, k, visible):

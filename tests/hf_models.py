@@ -86,6 +86,22 @@ _CONFIGS = {
             "dropout": 0.0,
         },
     ),
+    # ... attention sinks, and a window on every other layer, ...
+    "gpt_oss": (
+        "GptOss",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",  # the default one has no float64
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     # ... one projection for q, k and v.
     "gpt_neox": (
         "GPTNeoX",

@@ -99,7 +99,11 @@ def test_explain_reference(device):
 
 def test_explain_refuses_what_the_op_refuses(device):
     q, k, v = make_qkv(1, 3, 5, device=device)
-    for bad, error in (({"softcap": -1.0}, ValueError), ({"sink": q}, NotImplementedError)):
+    for bad, error in (
+        ({"softcap": -1.0}, ValueError),
+        ({"sink": q}, ValueError),
+        ({"alibi_slopes": q}, NotImplementedError),
+    ):
         with pytest.raises(error, match=next(iter(bad))):
             attention(q, k, v, **bad)
         with pytest.raises(error, match=next(iter(bad))):

@@ -127,7 +127,7 @@ def _visible(
     return visible, begin, end
 
 
-def _attention_forward(module, query, key, value, attention_mask, **kwargs):
+def _attention_forward(module, query, key, value, attention_mask, s_aux=None, **kwargs):
     """The attention function under NAME: looks at the scores, then computes the online softmax."""
     from flashinfer_lite.hf.attention import op_arguments
 
@@ -140,7 +140,7 @@ def _attention_forward(module, query, key, value, attention_mask, **kwargs):
     qkv, options = op_arguments(module, query, key, value, attention_mask, **kwargs)
     q, k, v = _check.under_autocast(*qkv)
     collector.record(getattr(module, "layer_idx", None), q, k, options)
-    return attention(q, k, v, **options), None
+    return attention(q, k, v, sink=s_aux, **options), None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from flashinfer_lite.hf.masks import span_of
 
 # Every keyword a model may pass is in exactly one of these three lists; any other one is an error.
 APPLIED = frozenset(
-    {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_bias"}
+    {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_bias", "s_aux"}
 )
 INERT = frozenset(
     {
@@ -34,7 +34,6 @@ _VARLEN = "packed sequences need attention_varlen, which has not landed; pad the
 _PAGED = "continuous batching needs paged attention, which has not landed"
 _SPARSE = "sparse attention by index is not supported"
 REFUSED = {
-    "s_aux": "attention sinks have not landed",
     "cu_seq_lens_q": _VARLEN,
     "cu_seq_lens_k": _VARLEN,
     "seq_idx": _VARLEN,
@@ -61,6 +60,7 @@ def attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for `transformers.AttentionInterface`. Key and value are read in place.
@@ -83,6 +83,8 @@ def attention_forward(
         is_causal: bottom-right aligned; None reads `module.is_causal`, True if there is none.
         position_bias: additive and unscaled, broadcastable to
             [batch, num_heads_q, seqlen_q, seqlen_kv]; its gradient is computed.
+        s_aux: the attention sinks of GPT-OSS, [num_heads_q]: `flashinfer_lite.attention`'s sink;
+            its gradient is computed.
         **kwargs: names in INERT are ignored, names in REFUSED raise. None means not given.
 
     Returns:
@@ -112,7 +114,7 @@ def attention_forward(
     )
     decoding = query.shape[2] <= DECODE_MAX_SEQLEN_Q and not torch.is_grad_enabled()
     op = flashinfer_lite.decode if decoding else flashinfer_lite.attention
-    return op(*qkv, phi=phi_of(module, query.device), **options), None
+    return op(*qkv, sink=s_aux, phi=phi_of(module, query.device), **options), None
 
 
 def op_arguments(
@@ -130,7 +132,7 @@ def op_arguments(
     **kwargs,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict]:
     """(q, k, v) and the options `flashinfer_lite.attention` is called with for these arguments of
-    `attention_forward`; calibration computes its scores from the same."""
+    `attention_forward`, phi and sink aside; calibration computes its scores from the same."""
     _check_kwargs(kwargs)
     if dropout:
         raise NotImplementedError(f"dropout: has not landed, expected 0, got {dropout}")

@@ -19,7 +19,7 @@ def check_forward(op, q, k, v, *, strict=False, **arguments):
     Args:
         op: a function like `flashinfer_lite.attention`; bind what the oracle does not know first.
         strict: hold it to the strict rule too.
-        arguments: causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv.
+        arguments: causal, window, softmax_scale, softcap, mask, sink, kv_start, seqlens_kv.
 
     Returns:
         (out, lse) of the op.
@@ -42,7 +42,8 @@ def check_forward(op, q, k, v, *, strict=False, **arguments):
 
 
 def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arguments):
-    """Compare the gradients of ``op`` in q, k, v and a mask that requires grad with the oracle's.
+    """Compare the gradients of ``op`` in q, k, v, and in a mask and a sink that require grad, with
+    the oracle's.
 
     Args:
         q, k, v: with or without requires_grad; their strides are what the op sees.
@@ -50,10 +51,11 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         with_lse: let a random gradient flow through lse too.
 
     Returns:
-        the op's gradients (dq, dk, dv) or (dq, dk, dv, dmask).
+        the op's gradients (dq, dk, dv), then dmask and dsink where they are asked for.
     """
-    mask = arguments.get("mask")
+    mask, sink = arguments.get("mask"), arguments.get("sink")
     additive = mask is not None and mask.requires_grad
+    wants_dsink = sink is not None and sink.requires_grad
 
     def gradients(run, dtype):
         leaves = [_leaf(t, dtype) for t in (q, k, v)]
@@ -61,6 +63,9 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         if additive:
             kwargs["mask"] = _leaf(kwargs["mask"], dtype and torch.float64)
             leaves.append(kwargs["mask"])
+        if wants_dsink:
+            kwargs["sink"] = _leaf(sink, dtype)
+            leaves.append(kwargs["sink"])
         out, lse = run(*leaves[:3], **kwargs)
         grads = (dout.to(out.dtype), dlse.to(lse.dtype)) if with_lse else (dout.to(out.dtype),)
         return torch.autograd.grad((out, lse)[: len(grads)], leaves, grads)
@@ -92,6 +97,15 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         dtype = max(q.dtype, mask.dtype, key=lambda d: torch.finfo(d).eps)
         names = {"name": "dmask", "dtype": dtype, "terms": terms, "gradient": True}
         assert_close(actual[3], oracle[3], eager[3], **names)
+    if wants_dsink:
+        # A sum over all rows of a head, which cancels likewise: p_sink (dlse - dout . out).
+        out, lse = _detached(q, k, v, {**arguments, "sink": sink}, torch.float64)
+        share = torch.where(lse == -torch.inf, 0, torch.exp(sink.detach().double()[:, None] - lse))
+        size = (dout.double() * out).abs().sum(-1).transpose(1, 2) + dlse.double().abs()
+        terms = slack * _largest_finite((share * size).sum((0, 2)))
+        dtype = max(q.dtype, sink.dtype, key=lambda d: torch.finfo(d).eps)
+        names = {"name": "dsink", "dtype": dtype, "terms": terms, "gradient": True}
+        assert_close(actual[-1], oracle[-1], eager[-1], **names)
     return actual
 
 
