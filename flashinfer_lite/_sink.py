@@ -1,6 +1,6 @@
 """The attention sink: one more score for each query head, with no value, folded in behind an op.
 
-    lse' = log(exp(lse) + exp(sink)),  out' = out exp(lse - lse') = out sigmoid(lse - sink)
+    lse' = log(exp(lse) + exp(sink)),  out' = out exp(lse - lse')
 
 It needs nothing of the kernels but out and lse, so it is counted once however the keys were split,
 and autograd through lse gives every gradient.
@@ -8,17 +8,20 @@ and autograd through lse gives every gradient.
 
 import torch
 
+from flashinfer_lite import _ops
+
 
 def fold(out, lse, sink, wants_lse=True):
     """(out', lse') for out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch, num_heads_q,
-    seqlen_q] and sink [num_heads_q]; lse' is None where it is not wanted. Rounded once, to out's
-    dtype."""
-    # A sink of -inf is none. With the least finite number in its place no -inf meets another.
-    score = sink.to(lse.dtype).clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)
+    seqlen_q] and sink [num_heads_q]; out' is rounded to out's dtype, lse' None if not wanted."""
+    score = sink.to(lse.dtype).unsqueeze(-1).expand_as(lse)
+    # exp(lse - lse') by merging a state that holds 1 with one that holds 0. Our own op, because the
+    # bits of torch's exp on a CPU depend on where in a tensor a number stands; it knows -inf, but
+    # inf - inf is NaN.
+    states = torch.stack([lse, score.clamp(max=torch.finfo(lse.dtype).max)])
+    values = torch.arange(1, -1, -1, dtype=lse.dtype, device=lse.device).view(2, 1, 1, 1, 1)
+    share, merged = _ops.merge_states(values.expand(2, *out.shape[:3], 1), states)
     # A row without a key is 0 already, and must not make a gradient of whatever reaches it.
-    share = torch.sigmoid(lse - score).masked_fill(lse == -torch.inf, 1.0)
-    scaled = (out * share.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
-    if not wants_lse:
-        return scaled, None
-    no_sink = (sink == -torch.inf).unsqueeze(-1)
-    return scaled, torch.where(no_sink, lse, torch.logaddexp(lse, score))
+    empty = (lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
+    scaled = (out * share.masked_fill(empty, 1.0)).to(out.dtype)
+    return scaled, torch.where(score == torch.inf, score, merged) if wants_lse else None

@@ -72,6 +72,7 @@ def attention(
             lse: the learned sink of GPT-OSS, after Xiao et al., "Efficient Streaming Language
             Models with Attention Sinks" (arXiv 2309.17453), where the first tokens play it. No
             scale, softcap, mask or window applies to it. -inf is no sink, NaN makes its head NaN.
+            A bfloat16 or float16 out is rounded once more.
         alibi_slopes, dropout_p: not implemented yet, refused.
 
     Returns:
@@ -121,7 +122,7 @@ def attention(
     else:
         _check.no_cuda_backward(*arguments[:4])
         tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True))
-        _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
+        _check.no_forward_ad("attention", "; impl='reference' has", **tensors, sink=sink)
         out, lse = _ops.attention_fwd(*arguments, *phi)
         if sink is not None:
             out, lse = _sink.fold(out, lse, sink, return_lse)

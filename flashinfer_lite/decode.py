@@ -132,9 +132,9 @@ def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, ou
         raise ValueError(f"kv_splits: expected 0 (automatic) to 4096, got {kv_splits}")
     if batch_invariant and kv_splits:
         raise ValueError(f"kv_splits: expected 0 with batch_invariant, got {kv_splits}")
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask}
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask, "sink": sink}
     if torch.is_grad_enabled():
-        for name, x in {**tensors, "sink": sink}.items():
+        for name, x in tensors.items():
             if x is not None and x.requires_grad:
                 raise RuntimeError(
                     f"{name}: decode is for inference and got a tensor that requires grad; "

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hf_models import PADDINGS, hf, make_batch, make_cache, make_model, with_attention
 
-from flashinfer_lite.testing import assert_close
+from flashinfer_lite.calibrate.collect import collecting
+from flashinfer_lite.testing import assert_close, assert_same_bits
 
 
 def make_eager(device, dtype=torch.float32, **overrides):
@@ -57,6 +58,18 @@ def test_greedy_tokens(device, kind, padding):
     ours, batch = with_attention(eager, hf.NAME), make_batch(padding, device=device)
     actual = generate(ours, batch, past_key_values=make_cache(kind, ours))
     assert torch.equal(actual, generate(eager, batch))
+
+
+def test_calibration_sees_the_model_with_its_sinks(device):
+    """What the layers behind the first are given, and so their scores, depends on them."""
+    ours = make_eager(device)
+    ours.set_attn_implementation(hf.NAME)
+    batch = make_batch("left", device=device)
+    with torch.no_grad():
+        expected = ours(**batch).logits
+    with collecting(ours) as collector:
+        assert_same_bits(ours(**batch).logits, expected)
+    assert sorted(collector.layers) == [0, 1]
 
 
 def test_patch(device):
