@@ -58,6 +58,10 @@ def problems(draw, max_seqlen=80, decoding=False):
     full = (batch_size, shape["num_heads_q"], shape["seqlen_q"], seqlen_kv)
     mask_shape = [size if draw(st.booleans()) else 1 for size in full][draw(st.integers(0, 3)) :]
     seed = draw(st.integers(0, 2**31))
+    scores = st.sampled_from([-math.inf, -3.0, 0.0, 2.5, 30.0])
+    heads = shape["num_heads_q"]
+    sink = draw(st.one_of(st.none(), st.lists(scores, min_size=heads, max_size=heads)))
+    sink_dtype = draw(DTYPES)
 
     def make(device):
         assume(device.type == "cpu" or shape["dtype"] != torch.float64)  # refused by name on CUDA
@@ -68,10 +72,12 @@ def problems(draw, max_seqlen=80, decoding=False):
                 arguments[name] = torch.tensor(values, dtype=index_dtype, device=device)
         if kind is not None:
             arguments["mask"] = make_mask(kind, mask_shape, dtype=mask_dtype, device=device)
+        if sink is not None:
+            arguments["sink"] = torch.tensor(sink, dtype=sink_dtype, device=device)
         return q, k, v, dict(arguments)
 
     make.__qualname__ = make.__name__ = (
-        f"{shape} {arguments} {ends} {starts} {kind} {mask_shape} {seed}"
+        f"{shape} {arguments} {ends} {starts} {kind} {mask_shape} {seed} {sink}"
     )
     return make
 
@@ -90,6 +96,8 @@ def test_backward_is_the_oracle(device, isa, problem):
     q, k, v, arguments = problem(device)
     if "mask" in arguments and arguments["mask"].dtype != torch.bool:
         arguments["mask"].requires_grad_()
+    if "sink" in arguments:
+        arguments["sink"].requires_grad_()
     check_backward(attention, q, k, v, **arguments)
 
 
@@ -119,17 +127,18 @@ def test_merging_two_halves_is_the_whole(device, isa, problem, cut):
     # Alignment is anchored at the end: hide by kv_start and by mask, never by a shorter seqlens_kv.
     slot = torch.arange(k.shape[1], device=device)
     mask = arguments.pop("mask", torch.ones(1, dtype=torch.bool, device=device))
+    sink = arguments.pop("sink", None)  # of one half, whichever it is
     hidden = False if mask.dtype == torch.bool else -math.inf
     first = torch.where(slot < at, mask, hidden)
     left = attention(
-        q, k, v, **arguments, seqlens_kv=end, kv_start=start, mask=first, return_lse=True
+        q, k, v, **arguments, seqlens_kv=end, kv_start=start, mask=first, sink=sink, return_lse=True
     )
     later = torch.minimum(start.clamp(min=at), end)
     rest = torch.where(slot >= at, mask, hidden)
     right = attention(
         q, k, v, **arguments, seqlens_kv=end, kv_start=later, mask=rest, return_lse=True
     )
-    arguments |= {"seqlens_kv": end, "kv_start": start, "mask": mask}
+    arguments |= {"seqlens_kv": end, "kv_start": start, "mask": mask, "sink": sink}
     out, lse = merge_states(*zip(left, right, strict=True))
     oracle, oracle_lse = reference.attention(
         q, k, v, **arguments, return_lse=True, dtype=torch.double
