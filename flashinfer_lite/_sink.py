@@ -19,7 +19,8 @@ def fold(out, lse, sink, wants_lse=True):
     # bits of torch's exp on a CPU depend on where in a tensor a number stands; it knows -inf, but
     # inf - inf is NaN.
     states = torch.stack([lse, score.clamp(max=torch.finfo(lse.dtype).max)])
-    values = torch.arange(1, -1, -1, dtype=lse.dtype, device=lse.device).view(2, 1, 1, 1, 1)
+    values = lse.new_zeros(2, 1, 1, 1, 1)
+    values[:1].fill_(1.0)
     share, merged = _ops.merge_states(values.expand(2, *out.shape[:3], 1), states)
     # A row without a key is 0 already, and must not make a gradient of whatever reaches it.
     empty = (lse == -torch.inf).transpose(1, 2).unsqueeze(-1)

@@ -1,4 +1,5 @@
-"""Cases of test_cuda_ops.py besides those of cuda_ops_child.py: flat_linear, and its tickets."""
+"""Cases of test_cuda_ops.py besides those of cuda_ops_child.py: the attention sink; flat_linear,
+and its tickets."""
 
 import struct
 
@@ -6,6 +7,7 @@ import torch
 from cuda_ops_child import (
     CASES,
     NO_STREAM,
+    SHAPE,
     STREAMS,
     case,
     expect,
@@ -18,13 +20,30 @@ from cuda_ops_child import (
 from test_flat_linear import check, make
 
 import flashinfer_lite as fi
-from flashinfer_lite.testing import assert_same_bits
+from flashinfer_lite.testing import assert_same_bits, check_forward, make_qkv
 
 __all__ = ["CASES", "serve"]
 OPS = torch.ops.flashinfer_lite
 # N and K that the host code cuts in two; and what it does not cut.
 SPLIT, WHOLE = (70, 1100), (70, 200)
 SHAPES = {"split": SPLIT, "whole": WHOLE}
+
+
+@case(*((op, dtype) for op in ("attention", "decode") for dtype in ("float32", "bfloat16")))
+def sink(variant):
+    """Joined behind the kernels, by the one that merges states."""
+    op, dtype = variant
+    q, k, v = make_qkv(*SHAPE, dtype=getattr(torch, dtype))
+    arguments = {"causal": True, "seqlens_kv": torch.tensor([70, 0])}
+    run = on_gpu(getattr(fi, op), **({"kv_splits": 3} if op == "decode" else {}))
+    expected = run(q, k, v, **arguments, return_lse=True)
+    none = torch.full((4,), -torch.inf)
+    for values in (torch.tensor([0.5, -torch.inf, 9.0, torch.inf]), none.to(q.dtype)):
+        got = check_forward(run, q, k, v, sink=values, **arguments)
+        assert launched() == ["combine_sm80_float32_from_float32"]
+        for x, y, dim in zip(got, expected, (2, 1), strict=True):
+            unchanged = (values == -torch.inf).nonzero().flatten()
+            assert_same_bits(x.index_select(dim, unchanged), y.index_select(dim, unchanged))
 
 
 def inputs(m, shape, dtype=torch.bfloat16):
