@@ -31,8 +31,9 @@ def tensor(name, x):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
-def qkv(q, k, v, names=("q", "k", "v")):
-    """Types, shapes, dtypes, devices and strides of the three tensors."""
+def qkv(q, k, v, names=("q", "k", "v"), paged=False):
+    """Types, shapes, dtypes, devices and strides of the three tensors; paged: of k and v the first
+    two dimensions are pages and their slots."""
     for name, x in zip(names, (q, k, v), strict=True):
         tensor(name, x)
         if x.dim() != 4:
@@ -59,8 +60,8 @@ def qkv(q, k, v, names=("q", "k", "v")):
                 f"{x.stride(3)}"
             )
     (batch_size, _, num_heads_q, head_dim), (_, seqlen_kv, num_heads_kv, _) = q.shape, k.shape
-    wanted = [batch_size, seqlen_kv, num_heads_kv, head_dim]
-    if k.shape[0] != batch_size or k.shape[3] != head_dim:
+    wanted = [k.shape[0] if paged else batch_size, seqlen_kv, num_heads_kv, head_dim]
+    if k.shape[0] != wanted[0] or k.shape[3] != head_dim:
         raise ValueError(f"{names[1]}: expected shape {wanted} to fit q, got {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -145,7 +146,24 @@ def lengths(name, x, q):
         raise ValueError(f"{name}: expected shape [{q.shape[0]}] (batch), got {list(x.shape)}")
 
 
-def mask(x, q, k):
+def block_table(x, q, k):
+    """The table of a paged cache, whose k is [num_pages, page_size, ...]."""
+    if x is None:
+        return
+    tensor("block_table", x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_table: expected dtype int32 or int64, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"block_table: expected q's device {q.device}, got {x.device}")
+    if x.dim() != 2 or x.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"block_table: expected shape [{q.shape[0]}, pages] (batch first), got {list(x.shape)}"
+        )
+    if k.shape[1] == 0:
+        raise ValueError(f"block_table: expected pages of 1 slot or more, got {list(k.shape)}")
+
+
+def mask(x, q, seqlen_kv):
     """The mask with four dimensions, as the ops take it: a view."""
     if x is None:
         return None
@@ -154,7 +172,7 @@ def mask(x, q, k):
         raise TypeError(f"mask: expected dtype bool or floating point, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"mask: expected q's device {q.device}, got {x.device}")
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    full = (q.shape[0], q.shape[2], q.shape[1], seqlen_kv)
     if not 1 <= x.dim() <= 4 or any(
         size not in (1, want) for size, want in zip(x.shape, full[4 - x.dim() :], strict=True)
     ):

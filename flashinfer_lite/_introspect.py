@@ -19,7 +19,6 @@ from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
 NOT_LANDED = (
     "dropout_p",
     "alibi_slopes",
-    "block_table",
     "process_group",
 )
 
@@ -106,13 +105,16 @@ def explain(op, *args, **kwargs) -> Explanation:
     names = list(given)[:3]
     q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
-    prepare(q, k, v, *(given[n] for n in common), names)
+    table = given.get("block_table")
+    prepare(q, k, v, *(given[n] for n in common), names, table)
     _check.unified(given["softmax"], given["phi"], q)
     _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
     _check.sink(given["sink"], q)
     splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
     if name == "decode":
         check_decode(q, k, v, given["mask"], given["sink"], splits, invariant, given["out"])
+    if table is not None:
+        k, v = (_spread_pages(x, table) for x in (k, v))
     if _check.impl(given["impl"], q):
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
@@ -128,6 +130,13 @@ def explain(op, *args, **kwargs) -> Explanation:
         visible = (longest if end is None else end) - (0 if start is None else start)
         longest = max(int(visible.max()), 0)
     return _explain_cpu(name, q, k, v, longest, splits, invariant)
+
+
+def _spread_pages(cache, block_table):
+    """A view with the shape of the dense cache that the pages stand for."""
+    batch_size, pages = block_table.shape
+    shape = batch_size, pages * cache.shape[1], *cache.shape[2:]
+    return cache.as_strided(shape, (0, 0, *cache.stride()[2:]))
 
 
 def _explain_flat_linear(*args, **kwargs):

@@ -19,15 +19,16 @@ NOT_BUILT = (
 _INPUTS = "Tensor? mask, Tensor? kv_start, Tensor? seqlens_kv"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
 _PHI = "float? phi=None, Tensor? phi_heads=None"
+_DECODE = f"{_PHI}, Tensor? block_table=None"
 SCHEMAS = {
     "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}) "
     "-> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
-    f"bool batch_invariant, {_PHI}) -> (Tensor, Tensor)",
+    f"bool batch_invariant, {_DECODE}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
-    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PHI}) -> ()",
+    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_DECODE}) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "flat_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "flat_linear.out": "(Tensor x, Tensor weight, Tensor? bias, str kernel, Tensor(a!) out) -> ()",

@@ -148,19 +148,24 @@ def prepare(
     kv_start,
     seqlens_kv,
     names=("q", "k", "v"),
+    block_table=None,
 ):
     """Check the common arguments and put them in the order of the ops' schemas."""
-    _check.qkv(q, k, v, names)
+    _check.qkv(q, k, v, names, paged=block_table is not None)
+    _check.block_table(block_table, q, k)
     scores = _check.scores(q, causal, window, softmax_scale, softcap)
-    mask = _check.mask(mask, q, k)
+    seqlen_kv = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
+    mask = _check.mask(mask, q, seqlen_kv)
     _check.lengths("kv_start", kv_start, q)
     _check.lengths("seqlens_kv", seqlens_kv, q)
     return q, k, v, mask, kv_start, seqlens_kv, *scores
 
 
-def run_reference(arguments, sink):
+def run_reference(arguments, sink, block_table=None):
     """The eager oracle on prepared arguments."""
     q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right = arguments
+    if block_table is not None:
+        k, v = (reference.gather_pages(x, block_table) for x in (k, v))
     return reference.attention(
         q,
         k,

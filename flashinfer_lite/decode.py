@@ -41,15 +41,20 @@ def decode(
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], seqlen_q usually 1.
         k_cache: [batch, capacity, num_heads_kv, head_dim], any strides with the last dimension
-            contiguous; slots outside [kv_start, seqlens_kv) may hold anything, NaN included.
-        v_cache: [batch, capacity, num_heads_kv, head_dim_v].
+            contiguous; slots outside [kv_start, seqlens_kv) may hold anything, NaN included. With
+            block_table in pages: [num_pages, page_size, num_heads_kv, head_dim].
+        v_cache: [batch, capacity, num_heads_kv, head_dim_v], or in pages likewise.
         seqlens_kv, kv_start: int32 or int64 [batch]: the slots in use are
             kv_start <= j < seqlens_kv. Default: the whole cache. CUDA clamps values out of range.
+        block_table: int32 or int64 [batch, pages]: slot j of a sequence is slot j % page_size of
+            page block_table[batch, j // page_size]. Any page_size >= 1, any page as often as you
+            like; capacity is pages * page_size. Entries of pages that no query sees may hold
+            anything. CUDA clamps pages out of range, on the CPU they are an error.
         kv_splits: 0 chooses; 1 or more forces that many.
         out: written in place and returned; [batch, seqlen_q, num_heads_q, head_dim_v] of q's dtype.
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
             neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
-        block_table, process_group: not implemented yet, refused.
+        process_group: not implemented yet, refused.
         causal, window, softmax_scale, softcap, mask, sink, softmax, phi, impl, return_lse, and the
             rest: as in `attention`. causal matters when seqlen_q > 1. With softmax="unified"
             partial states are merged by plain sums, and the guard is asked once per row, after all
@@ -59,8 +64,9 @@ def decode(
         out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
 
     Raises:
-        RuntimeError: if an input requires grad while grad mode is on; for lengths out of range, on
-            CUDA only if the environment variable FLASHINFER_LITE_CHECK is 1; and as in `attention`.
+        RuntimeError: if an input requires grad while grad mode is on; for lengths and pages out of
+            range, on CUDA only if the environment variable FLASHINFER_LITE_CHECK is 1; and as in
+            `attention`.
         TypeError, ValueError, NotImplementedError: as in `attention`.
 
     On CUDA the limits are those of `attention`.
@@ -73,7 +79,8 @@ def decode(
     """
     if (
         mask is alibi_slopes is sink is phi is None
-        and out is block_table is process_group is None
+        and out is process_group is None
+        and (block_table is None or type(block_table) is torch.Tensor)
         and softmax == "auto"
         and impl == "auto"
         and dropout_p == 0
@@ -83,7 +90,7 @@ def decode(
     ):
         scores, split = (causal, window, softmax_scale, softcap), (kv_splits, batch_invariant)
         given = q, k_cache, v_cache, *scores, kv_start, seqlens_kv
-        plain = _plain.call(_ops.decode, *given, *split)
+        plain = _plain.call(_ops.decode, *given, *split, None, None, block_table)
         if plain is not None:
             return plain if return_lse else plain[0]
     q, k_cache, v_cache = _check.under_autocast(q, k_cache, v_cache)
@@ -99,24 +106,24 @@ def decode(
         kv_start,
         seqlens_kv,
         ("q", "k_cache", "v_cache"),
+        block_table,
     )
     phi = _check.unified(softmax, phi, q)
     _check.sink(sink, q)
     _check.not_landed(
         dropout_p,
-        block_table=block_table,
         process_group=process_group,
         alibi_slopes=alibi_slopes,
     )
     check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
     if _check.impl(impl, q):
-        result, lse = run_reference(arguments, sink)
+        result, lse = run_reference(arguments, sink, block_table)
     elif out is not None and sink is None:
         result = out
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
-        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi)
+        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi, block_table)
     else:
-        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi)
+        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi, block_table)
         if sink is not None:
             result, lse = _sink.fold(result, lse, sink, return_lse)
     if out is not None and result is not out:

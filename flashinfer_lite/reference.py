@@ -22,6 +22,22 @@ import math
 import torch
 
 
+def gather_pages(cache, block_table):
+    """A paged cache as a dense one: [batch, pages * page_size, num_heads_kv, head_dim], a copy.
+
+    Args:
+        cache: [num_pages, page_size, num_heads_kv, head_dim].
+        block_table: integers [batch, pages]. Entries that name no page give some page's content.
+
+    >>> gather_pages(torch.arange(6.0).view(3, 2, 1, 1), torch.tensor([[2, 0]])).flatten().tolist()
+    [4.0, 5.0, 0.0, 1.0]
+    """
+    if cache.shape[0] == 0:
+        return cache.new_zeros(block_table.shape[0], 0, *cache.shape[2:])
+    pages = cache[block_table.long().clamp(0, cache.shape[0] - 1)]
+    return pages.flatten(1, 2)
+
+
 def visible_keys(
     batch_size,
     seqlen_q,

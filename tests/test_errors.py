@@ -194,7 +194,6 @@ DECODE = [
     ("kv_splits", 5000, ValueError, "expected 0 .*4096, got 5000"),
     ("kv_splits", 1.0, TypeError, "expected an integer, got 1.0"),
     ("kv_splits", True, TypeError, "expected an integer, got True"),
-    ("block_table", torch.zeros(2, 1, dtype=INT), NotImplementedError, ""),
     ("process_group", object(), NotImplementedError, ""),
     ("out", 1, TypeError, "expected a torch.Tensor, got int"),
     ("out", torch.zeros(2, 3, 4, 24), ValueError, r"expected shape \[2, 3, 4, 16\], got"),

@@ -126,8 +126,10 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
   p.scale_first =
       size == 4 || p.softcap != 0 || p.mask.type != MaskType::kNone || !(p.softmax_scale > 0);
   p.vector_q = rows_are_aligned(p.q, p.batch_size, p.num_heads_q, size);
-  p.vector_k = rows_are_aligned(p.k, p.batch_size, p.num_heads_kv, size);
-  p.vector_v = rows_are_aligned(p.v, p.batch_size, p.num_heads_kv, size);
+  const bool paged = p.device_block_table.data != nullptr;
+  const int64_t outer = paged ? p.block_table.num_pages : p.batch_size;
+  p.vector_k = rows_are_aligned(p.k, outer, p.num_heads_kv, size);
+  p.vector_v = rows_are_aligned(p.v, outer, p.num_heads_kv, size);
   p.vector_out = rows_are_aligned(p.out, p.batch_size, p.num_heads_q, size);
 }
 

@@ -13,6 +13,8 @@ namespace flashinfer_lite {
 // How ops spell causal: the schema's int.
 enum class Causal : int64_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
 
+inline const std::optional<Tensor> kNoTensor;
+
 // What every attention op takes besides its outputs, in the order of the schemas.
 struct AttentionArgs {
   const Tensor& q;
@@ -26,6 +28,7 @@ struct AttentionArgs {
   int64_t causal;
   int64_t window_left;
   int64_t window_right;
+  const std::optional<Tensor>& block_table = kNoTensor;
 };
 
 // The unified maximum of the softmax; neither is the online softmax.
@@ -73,6 +76,22 @@ inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
           stride[3]};
 }
 
+// What shows on the table of a paged cache without reading it. Returns how many slots it spans.
+inline int64_t check_block_table(const AttentionArgs& a) {
+  const Tensor& table = *a.block_table;
+  check_device("block_table", table, "q's", a.q);
+  check(table.dim() == 2 && table.size(0) == a.q.size(0), "block_table: expected shape [",
+        a.q.size(0), ", pages], got ", shape_text(table));
+  const ScalarType type = table.scalar_type();
+  check(type == ScalarType::Int || type == ScalarType::Long,
+        "block_table: expected dtype int32 or int64, got ", dtype_text(type));
+  check(a.k.size(1) > 0, "k: expected pages of 1 slot or more, got ", shape_text(a.k));
+  int64_t slots = 0;
+  check(!__builtin_mul_overflow(table.size(1), a.k.size(1), &slots) && slots <= int64_t{1} << 48,
+        "block_table: expected at most 2^48 slots, got ", table.size(1), " pages of ", a.k.size(1));
+  return slots;
+}
+
 // Checks q, k and v and fills sizes and views.
 inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   const ScalarType type = a.q.scalar_type();
@@ -90,11 +109,12 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
   p.seqlen_q = a.q.size(1);
   p.num_heads_q = a.q.size(2);
   p.head_dim = a.q.size(3);
-  p.seqlen_kv = a.k.size(1);
+  p.seqlen_kv = a.block_table ? check_block_table(a) : a.k.size(1);
   p.num_heads_kv = a.k.size(2);
   p.head_dim_v = a.v.size(3);
-  check_shape("k", a.k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim});
-  check_shape("v", a.v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v});
+  const int64_t outer[2] = {a.block_table ? a.k.size(0) : p.batch_size, a.k.size(1)};
+  check_shape("k", a.k, {outer[0], outer[1], p.num_heads_kv, p.head_dim});
+  check_shape("v", a.v, {outer[0], outer[1], p.num_heads_kv, p.head_dim_v});
   for (const auto& [name, dim] :
        {std::pair<const char*, int64_t>{"q", p.head_dim}, {"v", p.head_dim_v}}) {
     check(dim % 8 == 0 && dim >= 8 && dim <= 256, name,
@@ -107,6 +127,7 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
   set_strided(p.q, a.q);
   set_strided(p.k, a.k);
   set_strided(p.v, a.v);
+  if (a.block_table) p.block_table = page_table(outer[0], outer[1]);
 }
 
 // Checks and fills what turns dot products into scores, and who sees whom but for the lengths.
@@ -168,19 +189,20 @@ inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType ba
   if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a);
 }
 
-// Owns the lengths that params point to.
+// Owns the lengths and pages that params point to.
 struct Lengths {
-  std::vector<int64_t> kv_start, seqlens_kv;
+  std::vector<int64_t> kv_start, seqlens_kv, pages;
 };
 
+// An element of an int32 or int64 tensor in host memory.
+inline int64_t integer_at(const Tensor& x, int64_t offset) {
+  return x.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(x.data_ptr())[offset]
+                                            : static_cast<const int64_t*>(x.data_ptr())[offset];
+}
+
 inline std::vector<int64_t> length_values(const Tensor& x, int64_t batch_size) {
-  const bool is_int32 = x.scalar_type() == ScalarType::Int;
   std::vector<int64_t> values(batch_size);
-  for (int64_t b = 0; b < batch_size; ++b) {
-    const int64_t at = b * x.stride(0);
-    values[b] = is_int32 ? static_cast<const int32_t*>(x.data_ptr())[at]
-                         : static_cast<const int64_t*>(x.data_ptr())[at];
-  }
+  for (int64_t b = 0; b < batch_size; ++b) values[b] = integer_at(x, b * x.stride(0));
   return values;
 }
 
@@ -204,6 +226,30 @@ inline void set_lengths(AttentionParams& p, Lengths& lengths, const std::optiona
           "], got ", end, " at batch ", b);
     check(start >= 0 && start <= end, "kv_start: expected values in [0, seqlens_kv = ", end,
           "], got ", start, " at batch ", b);
+  }
+}
+
+// Reads the pages of keys that some row sees from a table in host memory, and checks them; after
+// set_lengths. The entries of other pages may hold anything: they stand for page 0.
+inline void set_pages(AttentionParams& p, Lengths& lengths,
+                      const std::optional<Tensor>& block_table) {
+  if (!block_table) return;
+  const Tensor& table = *block_table;
+  PageTable& view = p.block_table;
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    view.row = std::max(view.row, ceil_div(p.visibility(b).kv_end, view.page_size));
+  }
+  lengths.pages.assign(p.batch_size * view.row + 1, 0);  // not empty: pages is not null
+  view.pages = lengths.pages.data();
+  for (int64_t b = 0; p.seqlen_q > 0 && b < p.batch_size; ++b) {
+    const KeyRange seen = p.visibility(b).rows(0, p.seqlen_q - 1);
+    if (seen.empty()) continue;
+    for (int64_t i = seen.begin / view.page_size; i * view.page_size < seen.end; ++i) {
+      const int64_t page = integer_at(table, b * table.stride(0) + i * table.stride(1));
+      check(page >= 0 && page < view.num_pages, "block_table: expected pages in [0, ",
+            view.num_pages, "), got ", page, " at [", b, ", ", i, "]");
+      lengths.pages[b * view.row + i] = page;
+    }
   }
 }
 

@@ -66,14 +66,16 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   double softcap, int64_t causal, int64_t window_left,
                                   int64_t window_right, int64_t kv_splits, bool batch_invariant,
                                   const std::optional<double>& phi,
-                                  const std::optional<Tensor>& phi_heads) {
+                                  const std::optional<Tensor>& phi_heads,
+                                  const std::optional<Tensor>& block_table) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right};
+                           causal,   window_left, window_right,  block_table};
   AttentionFwdParams p;
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_pages(p, lengths, block_table);
   set_softmax(p, {phi, phi_heads}, q);
   const Outputs outputs = new_outputs(q, p);
   decode_into(args, kv_splits, batch_invariant, outputs, p);
@@ -85,14 +87,15 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
                 bool batch_invariant, Tensor out, Tensor lse, const std::optional<double>& phi,
-                const std::optional<Tensor>& phi_heads) {
+                const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right};
+                           causal,   window_left, window_right,  block_table};
   AttentionFwdParams p;
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_pages(p, lengths, block_table);
   set_softmax(p, {phi, phi_heads}, q);
   const Outputs outputs{out, lse};
   check_outputs(outputs, q, p);

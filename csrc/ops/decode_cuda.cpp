@@ -40,7 +40,8 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   check_kv_splits(kv_splits);
   set_outputs(p, outputs);
   count_cuda_call();
-  if (finish_without_keys(outputs, p.seqlen_kv)) return;
+  const bool has_keys = !args.block_table || p.block_table.num_pages > 0;
+  if (finish_without_keys(outputs, has_keys ? p.seqlen_kv : 0)) return;
 
   const CudaContext context(args.q);
   const cuda::ElementType element = cuda_element_type(args.q.scalar_type());
@@ -63,10 +64,11 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   double softcap, int64_t causal, int64_t window_left,
                                   int64_t window_right, int64_t kv_splits, bool batch_invariant,
                                   const std::optional<double>& phi,
-                                  const std::optional<Tensor>& phi_heads) {
+                                  const std::optional<Tensor>& phi_heads,
+                                  const std::optional<Tensor>& block_table) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right};
+                           causal,   window_left, window_right,  block_table};
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);
@@ -80,10 +82,10 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
                 bool batch_invariant, Tensor out, Tensor lse, const std::optional<double>& phi,
-                const std::optional<Tensor>& phi_heads) {
+                const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table) {
   const AttentionArgs args{q,        k_cache,     v_cache,       mask,
                            kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right};
+                           causal,   window_left, window_right,  block_table};
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);

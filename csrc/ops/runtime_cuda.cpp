@@ -86,6 +86,7 @@ void check_length_values(const AttentionParams& p, const AttentionArgs& args) {
   AttentionParams host = p;
   Lengths lengths;
   set_lengths(host, lengths, on_host(args.kv_start), on_host(args.seqlens_kv));
+  set_pages(host, lengths, on_host(args.block_table));
 }
 
 void set_view(LengthsView& view, const Tensor& x) {
@@ -141,9 +142,14 @@ cuda::ElementType cuda_element_type(ScalarType type) {
 
 void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args) {
   set_params(p, args, DeviceType::CUDA);
-  if (!args.kv_start && !args.seqlens_kv) return;
+  if (!args.kv_start && !args.seqlens_kv && !args.block_table) return;
   if (args.kv_start) set_view(p.device_kv_start, *args.kv_start);
   if (args.seqlens_kv) set_view(p.device_seqlens_kv, *args.seqlens_kv);
+  if (args.block_table) {
+    const Tensor& table = *args.block_table;
+    p.device_block_table = {table.data_ptr(), table.scalar_type() == ScalarType::Long,
+                            table.stride(0), table.stride(1)};
+  }
   if (wants_value_checks() && !is_capturing(current_stream(args.q.get_device_index()))) {
     check_length_values(p, args);
   }

@@ -60,6 +60,16 @@ LengthsView lengths_view(const LengthsTuple& x) {
   return {reinterpret_cast<const void*>(address), is_int64, stride};
 }
 
+// (address, is_int64, stride of sequences, stride of pages), and the cache that it is for.
+using TableTuple = std::tuple<uintptr_t, bool, int64_t, int64_t>;
+
+void set_block_table(CudaAttentionParams& p, const TableTuple& x, int64_t num_pages,
+                     int64_t page_size) {
+  const auto& [address, is_int64, batch, page] = x;
+  p.device_block_table = {reinterpret_cast<const void*>(address), is_int64, batch, page};
+  p.block_table = page_table(num_pages, page_size);
+}
+
 py::dict instance_dict(const Instance& row) {
   py::dict values;
   values["name"] = row.name;
@@ -131,7 +141,8 @@ void bind_attention_params(py::module_& m) {
       .def("set_mask", [](P& p, const MaskTuple& x) { p.mask = mask_view(x); })
       .def("set_kv_start", [](P& p, const LengthsTuple& x) { p.device_kv_start = lengths_view(x); })
       .def("set_seqlens_kv",
-           [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); });
+           [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); })
+      .def("set_block_table", &set_block_table);
   bind_strided<P, const void*>(c, "q", &P::q);
   bind_strided<P, const void*>(c, "k", &P::k);
   bind_strided<P, const void*>(c, "v", &P::v);

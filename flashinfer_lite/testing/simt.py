@@ -235,16 +235,19 @@ class _Call:
         self.executor = executor
         self.memory = _Memory(executor.module)
         self.params = p = executor.module.AttentionParams()
-        _check.qkv(q, k, v)
+        block_table = arguments.pop("block_table", None)
+        _check.qkv(q, k, v, paged=block_table is not None)
         p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim = q.shape
         p.seqlen_kv, p.num_heads_kv, p.head_dim_v = v.shape[1:]
+        if block_table is not None:
+            self._set_block_table(q, k, block_table)
         self.rows = (q.shape[0], q.shape[1], q.shape[2])
         for name, x in (("q", q), ("k", k), ("v", v)):
             x = self._placed(name, x)
             setattr(p, name, (x.data_ptr(), *x.stride()[:3]))
         self.tickets = None
         self._set_softmax(q, arguments.pop("softmax", "auto"), arguments.pop("phi", None))
-        self._set_scores(q, k, **arguments)
+        self._set_scores(q, p.seqlen_kv, **arguments)
         self.out = self.memory.output("out", (*self.rows, v.shape[3]), q.dtype)
         self.lse = self.memory.output("lse", (q.shape[0], q.shape[2], q.shape[1]), torch.float32)
         p.out = (self.out.data_ptr(), *self.out.stride()[:3])
@@ -267,10 +270,18 @@ class _Call:
         if phi_heads is not None:
             p.phi_heads = self.memory.copy_of("phi_heads", phi_heads).data_ptr()
 
+    def _set_block_table(self, q, k, block_table):
+        _check.block_table(block_table, q, k)
+        num_pages, page_size = k.shape[:2]
+        self.params.seqlen_kv = block_table.shape[1] * page_size
+        x = self.memory.copy_of("block_table", block_table)
+        view = x.data_ptr(), x.dtype == torch.int64, *x.stride()
+        self.params.set_block_table(view, num_pages, page_size)
+
     def _set_scores(
         self,
         q,
-        k,
+        seqlen_kv,
         causal=False,
         window=(-1, -1),
         softmax_scale=None,
@@ -284,12 +295,12 @@ class _Call:
             q, causal, window, softmax_scale, softcap
         )
         p.softmax_scale, p.softcap = scale, softcap
-        widest = q.shape[1] + k.shape[1]
+        widest = q.shape[1] + seqlen_kv
         p.window_left = min(left, widest)
         p.window_right = 0 if causal else min(right, widest)
         if causal == _CAUSAL_TOP_LEFT:
             p.set_top_left()
-        mask = _check.mask(mask, q, k)
+        mask = _check.mask(mask, q, seqlen_kv)
         if mask is not None:
             x = self._placed("mask", mask)
             steps = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))

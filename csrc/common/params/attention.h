@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/heuristics.h"
+#include "common/paging.h"
 #include "common/unified.h"
 #include "common/visible.h"
 
@@ -42,7 +43,8 @@ struct AttentionParams {
   int64_t head_dim = 0;
   int64_t head_dim_v = 0;
 
-  Strided<const void*> q, k, v;
+  Strided<const void*> q, k, v;  // of a paged cache, k.batch and v.batch lead from page to page
+  PageTable block_table;
   MaskView mask;
   const int64_t* kv_start = nullptr;    // [batch] or null: first visible slot
   const int64_t* seqlens_kv = nullptr;  // [batch] or null: one past the last visible slot

@@ -12,6 +12,14 @@ struct LengthsView {
   int64_t stride = 1;
 };
 
+// [batch, pages] in device memory, int32 or int64, likewise.
+struct BlockTableView {
+  const void* data = nullptr;  // null: no pages
+  bool is_int64 = false;
+  int64_t batch = 0;
+  int64_t page = 0;
+};
+
 // In device memory, one of each device: rows that the unified maximum was tried on, and those of
 // them that the online softmax did again.
 struct RowCounters {
@@ -19,10 +27,11 @@ struct RowCounters {
   uint64_t recomputed;
 };
 
-// The pointers are device pointers. kv_start and seqlens_kv of the base are unused: the lengths are
-// the views below.
+// The pointers are device pointers. kv_start, seqlens_kv and the pages of the base's block_table
+// are unused: they are the views below.
 struct CudaAttentionParams : AttentionFwdParams {
   LengthsView device_kv_start, device_seqlens_kv;
+  BlockTableView device_block_table;
 
   // Whether every row of the tensor starts on 16 bytes, so that 16-byte accesses may be used.
   bool vector_q = false;

@@ -14,15 +14,14 @@
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
 // tiles <- B = k^T for k [count, depth]: a transpose of words. staging holds 16 padded rows.
-inline void pack_keys(int64_t count, int64_t depth, const BFloat16* k, int64_t k_row,
-                      BFloat16* tiles, BFloat16* staging) {
+inline void pack_keys(int64_t count, int64_t depth, Rows<BFloat16> k, BFloat16* tiles,
+                      BFloat16* staging) {
   const int64_t padded = round_up(depth, kAmxDepth);
   for (int64_t first = 0; first < round_up(count, 2 * kAmxRows); first += kAmxRows) {
     const int64_t inside = max_of<int64_t>(min_of<int64_t>(count - first, kAmxRows), 0);
     __builtin_memset(staging, 0, kAmxRows * padded * sizeof(BFloat16));
     for (int64_t r = 0; r < inside; ++r) {
-      const BFloat16* row = k + (first + r) * k_row;
-      __builtin_memcpy(staging + r * padded, row, depth * sizeof(BFloat16));
+      __builtin_memcpy(staging + r * padded, k[first + r], depth * sizeof(BFloat16));
     }
     // Words as floats, which are only moved.
     transpose(kAmxRows, padded / 2, reinterpret_cast<const float*>(staging), padded / 2,
@@ -56,17 +55,17 @@ FIL_INLINE Vector<uint32_t> load_words(const BFloat16* p, int64_t count) {
 // tiles <- B = v [count, cols]: two rows interleaved. finite_only: zeros for NaN and inf. What lies
 // `ahead` elements further, if not 0, will be read next.
 template <bool finite_only>
-void pack_values(int64_t count, int64_t cols, const BFloat16* v, int64_t v_row, BFloat16* tiles,
-                 int64_t ahead) {
+void pack_values(int64_t count, int64_t cols, Rows<BFloat16> v, BFloat16* tiles, int64_t ahead) {
   constexpr int width = kWidth<uint32_t>;
   const int64_t depth = round_up(count, kAmxDepth);
   for (int64_t key = 0; key < depth; key += 2) {
-    if (ahead != 0) prefetch_row(v + key * v_row + ahead, cols);
-    if (ahead != 0) prefetch_row(v + (key + 1) * v_row + ahead, cols);
-    const BFloat16* p = v + key * v_row;
+    const BFloat16* const even = v[min_of(key, count - 1)];
+    const BFloat16* const odd = v[min_of(key + 1, count - 1)];
+    if (ahead != 0) prefetch_row(even + ahead, cols);
+    if (ahead != 0) prefetch_row(odd + ahead, cols);
     const auto pack = [&](int64_t c, int64_t first, int64_t second) __attribute__((always_inline)) {
-      const Vector<uint32_t> pair = load_words<finite_only>(p + c, first) |
-                                    load_words<finite_only>(p + v_row + c, second) << 16;
+      const Vector<uint32_t> pair =
+          load_words<finite_only>(even + c, first) | load_words<finite_only>(odd + c, second) << 16;
       BFloat16* to = tiles + c / kAmxRows * kAmxRows * depth + (key * kAmxRows + c % kAmxRows * 2);
       __builtin_memcpy(to, &pair, sizeof pair);
     };

@@ -14,15 +14,15 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 template <class Acc>
 constexpr int kPanel = kTileCols * kWidth<Acc>;
 
-// C[kRows, kCols vectors] (+)= A[kRows, depth] B[depth, kCols vectors].
-template <int kRows, int kCols, class Acc, class T>
-FIL_INLINE void micro_tile(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const T* b,
-                           int64_t b_row, int64_t last_count, Acc* c, int64_t c_row,
+// C[kRows, kCols vectors] (+)= A[kRows, depth] B[depth, kCols vectors], whose row d is at b(d).
+template <int kRows, int kCols, class Acc, class RowOf>
+FIL_INLINE void micro_tile(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col,
+                           const RowOf& b, int64_t last_count, Acc* c, int64_t c_row,
                            bool accumulate) {
   Vector<Acc> sum[kRows][kCols] = {};
   // The shorter side waits in registers while the longer one passes: there is room for no more.
   for (int64_t d = 0; d < depth; ++d) {
-    const T* const b_at = b + d * b_row;
+    const auto* const b_at = b(d);
     const int64_t last = (kCols - 1) * kWidth<Acc>;
     const bool part = last_count != kWidth<Acc>;
     if constexpr (kRows < kCols) {
@@ -66,8 +66,8 @@ template <int kRows, class Acc>
 FIL_INLINE void panel_rows(int64_t rows, int64_t depth, const Acc* a, int64_t a_row, int64_t a_col,
                            const Acc* b, int64_t b_row, Acc* c, int64_t c_row, bool accumulate) {
   if (rows >= kRows) {
-    micro_tile<kRows, kTileCols>(depth, a, a_row, a_col, b, b_row, kWidth<Acc>, c, c_row,
-                                 accumulate);
+    const auto row = [=](int64_t d) __attribute__((always_inline)) { return b + d * b_row; };
+    micro_tile<kRows, kTileCols>(depth, a, a_row, a_col, row, kWidth<Acc>, c, c_row, accumulate);
   } else if constexpr (kRows > 1) {
     panel_rows<kRows - 1>(rows, depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
   }
@@ -139,32 +139,33 @@ constexpr int direct_cols(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : kTi
 
 template <int kRows, class Acc, class T>
 FIL_INLINE void direct_rows(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
-                            const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+                            const T* b, const int64_t* b_offset, Acc* c, int64_t c_row) {
   if (rows >= kRows) {
     constexpr int width = kWidth<Acc>, wide = direct_cols(kRows) * width;
     int64_t col = 0;
+    const auto row = [&](int64_t d)
+                         __attribute__((always_inline)) { return b + b_offset[d] + col; };
     for (; col + wide <= cols; col += wide) {
-      micro_tile<kRows, direct_cols(kRows)>(depth, a, a_row, 1, b + col, b_row, width, c + col,
-                                            c_row, true);
+      micro_tile<kRows, direct_cols(kRows)>(depth, a, a_row, 1, row, width, c + col, c_row, true);
     }
     for (; col < cols; col += width) {
-      micro_tile<kRows, 1>(depth, a, a_row, 1, b + col, b_row, min_of<int64_t>(cols - col, width),
-                           c + col, c_row, true);
+      micro_tile<kRows, 1>(depth, a, a_row, 1, row, min_of<int64_t>(cols - col, width), c + col,
+                           c_row, true);
     }
   } else if constexpr (kRows > 1) {
-    direct_rows<kRows - 1>(rows, cols, depth, a, a_row, b, b_row, c, c_row);
+    direct_rows<kRows - 1>(rows, cols, depth, a, a_row, b, b_offset, c, c_row);
   }
 }
 
 // One step of C[rows, cols] += A[rows, depth] B[depth, cols], depth <= kStepRows, with B read once,
-// in place, in its own type: for too few rows to pay for packing B. C's rows must have room for
-// whole vectors.
+// in place, in its own type: for too few rows to pay for packing B. Row d of B is at b +
+// b_offset[d]. C's rows must have room for whole vectors.
 template <class Acc, class T>
 void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row,
-                      const T* b, int64_t b_row, Acc* c, int64_t c_row) {
+                      const T* b, const int64_t* b_offset, Acc* c, int64_t c_row) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     direct_rows<kTileRows>(min_of<int64_t>(rows - row, kTileRows), cols, depth, a + row * a_row,
-                           a_row, b, b_row, c + row * c_row, c_row);
+                           a_row, b, b_offset, c + row * c_row, c_row);
   }
 }
 
@@ -172,10 +173,10 @@ void tile_gemm_direct(int64_t rows, int64_t cols, int64_t depth, const Acc* a, i
 // row of B the last is repeated: nothing is read that is not there.
 template <int kRows, int kKeys, class Acc, class T>
 FIL_INLINE void dot_tile(int64_t keys, int64_t depth, const Acc* a, int64_t a_row, const T* b,
-                         int64_t b_row, Acc* s, int64_t s_row) {
+                         const int64_t* b_offset, Acc* s, int64_t s_row) {
   const T* key[kKeys];
 #pragma GCC unroll 8
-  for (int j = 0; j < kKeys; ++j) key[j] = b + min_of<int64_t>(j, keys - 1) * b_row;
+  for (int j = 0; j < kKeys; ++j) key[j] = b + b_offset[min_of<int64_t>(j, keys - 1)];
   Vector<Acc> sum[kRows * kKeys] = {};
   for (int64_t d = 0; d < depth; d += kWidth<Acc>) {
     Vector<Acc> row[kRows];
@@ -200,38 +201,40 @@ FIL_INLINE void dot_tile(int64_t keys, int64_t depth, const Acc* a, int64_t a_ro
 }
 
 template <int kRows, int kKeys, class Acc, class T>
-void dot_rows(int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b, int64_t b_row,
-              Acc* s, int64_t s_row) {
+void dot_rows(int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
+              const int64_t* b_offset, Acc* s, int64_t s_row) {
   for (int64_t col = 0; col < cols; col += kKeys) {
-    dot_tile<kRows, kKeys>(cols - col, depth, a, a_row, b + col * b_row, b_row, s + col, s_row);
+    dot_tile<kRows, kKeys>(cols - col, depth, a, a_row, b, b_offset + col, s + col, s_row);
   }
 }
 
 // One step of S[rows, cols] = A[rows, depth] B[cols, depth]^T, cols <= kStepRows, with B read in
-// place: for few rows. A's rows are zero up to a whole vector; S's rows have room for kStepRows.
+// place: for few rows. Row j of B is at b + b_offset[j]. A's rows are zero up to a whole vector;
+// S's rows have room for kStepRows.
 template <class Acc, class T>
 void tile_dot(int64_t rows, int64_t cols, int64_t depth, const Acc* a, int64_t a_row, const T* b,
-              int64_t b_row, Acc* s, int64_t s_row) {
+              const int64_t* b_offset, Acc* s, int64_t s_row) {
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
     const auto dot = left >= 4   ? dot_rows<4, 2, Acc, T>
                      : left == 3 ? dot_rows<3, 4, Acc, T>
                      : left == 2 ? dot_rows<2, 4, Acc, T>
                                  : dot_rows<1, 8, Acc, T>;
-    dot(cols, depth, a + row * a_row, a_row, b, b_row, s + row * s_row, s_row);
+    dot(cols, depth, a + row * a_row, a_row, b, b_offset, s + row * s_row, s_row);
     row += min_of<int64_t>(left, 4);
   }
 }
 
 // panels <- the rows of B [rows, cols] in place order, padded with zeros: B as the right operand.
 template <class Acc, class T>
-void pack_rows(int64_t rows, int64_t cols, const T* b, int64_t b_row, Acc* panels) {
+void pack_rows(int64_t rows, int64_t cols, Rows<T> b, Acc* panels) {
   for (int64_t col = 0; col < cols; col += kPanel<Acc>) {
     Acc* panel = panels + col * rows;
     for (int64_t r = 0; r < rows; ++r) {
+      const T* row = b[r];
       for (int j = 0; j < kTileCols; ++j) {
         const int64_t at = col + j * kWidth<Acc>, count = cols - at;
-        const T* p = b + r * b_row + at;
+        const T* p = row + at;
         const Vector<Acc> v = count >= kWidth<Acc> ? load_as<Acc>(p)
                               : count > 0          ? load_part_as<Acc>(p, count)
                                                    : Vector<Acc>{};
@@ -244,13 +247,12 @@ void pack_rows(int64_t rows, int64_t cols, const T* b, int64_t b_row, Acc* panel
 // panels <- B^T for B [rows, cols]: depth is B's cols, panel columns are B's rows. staging holds
 // kPanel rows of B, rounded up to whole vectors.
 template <class Acc, class T>
-void pack_transposed(int64_t rows, int64_t cols, const T* b, int64_t b_row, Acc* panels,
-                     Acc* staging) {
+void pack_transposed(int64_t rows, int64_t cols, Rows<T> b, Acc* panels, Acc* staging) {
   const int64_t stride = round_up(cols, kWidth<Acc>);
   for (int64_t first = 0; first < rows; first += kPanel<Acc>) {
     for (int64_t r = 0; r < kPanel<Acc>; ++r) {
       const bool inside = first + r < rows;
-      const T* row = b + min_of(first + r, rows - 1) * b_row;
+      const T* row = b[min_of(first + r, rows - 1)];
       for (int64_t c = 0; c < cols; c += kWidth<Acc>) {
         const Vector<Acc> v = !inside                   ? Vector<Acc>{}
                               : cols - c >= kWidth<Acc> ? load_as<Acc>(row + c)

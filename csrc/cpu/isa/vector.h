@@ -64,6 +64,21 @@ FIL_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};
 }
 
+// Rows in memory, `stride` elements apart or each at an offset of its own.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const int64_t* offset = nullptr;
+
+  FIL_INLINE const T* operator[](int64_t r) const {
+    return data + (offset ? offset[r] : r * stride);
+  }
+  FIL_INLINE Rows from(int64_t r) const {
+    return offset ? Rows{data, stride, offset + r} : Rows{data + r * stride, stride};
+  }
+};
+
 // Lane i of the result is lane i + distance of v, counted in a circle.
 template <class T, int distance>
 FIL_INLINE Vector<T> rotate_lanes(Vector<T> v) {

@@ -155,8 +155,8 @@ void load_keys(const AttentionBwdParams& p, int64_t batch, int64_t head_kv, cons
   for (int64_t j = 0; j < keys.count; ++j) {
     widen_row(k + j * p.k.seqlen, p.head_dim, t.d_row, t.k + j * t.d_row);
   }
-  pack_transposed(keys.count, p.head_dim, t.k, t.d_row, t.k_panels, t.staging);
-  pack_transposed(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels, t.staging);
+  pack_transposed(keys.count, p.head_dim, Rows<Acc>{t.k, t.d_row}, t.k_panels, t.staging);
+  pack_transposed(keys.count, p.head_dim_v, Rows<Element>{v, p.v.seqlen}, t.v_panels, t.staging);
 }
 
 // One row: its products s become P, and its products ds with v become d loss / d (scale q k^T).

@@ -54,6 +54,7 @@ struct ForwardScratch : RowState<Accumulator<E>> {
       k_panels = arena.take<Acc>(p.head_dim * s_row);
       v_panels = arena.take<Acc>(block_n * o_row);
       staging = arena.take<Acc>(kPanel<Acc> * q_row);
+      offset = arena.take<int64_t>(p.block_table.pages ? block_n : 0);
     }
   }
 
@@ -72,14 +73,15 @@ struct ForwardScratch : RowState<Accumulator<E>> {
   int64_t q_row, s_row;  // strides
   Acc *q, *s, *bias;
   Acc *k_panels = nullptr, *v_panels = nullptr, *staging = nullptr;
+  int64_t* offset = nullptr;  // of a block's keys in a paged cache
 };
 
 template <class Acc, class T>
-bool has_non_finite(int64_t rows, int64_t cols, const T* x, int64_t stride) {
+bool has_non_finite(int64_t rows, int64_t cols, Rows<T> x) {
   Vector<Acc> probe = {};  // 0 * x is 0 for finite x and NaN otherwise
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; c += kWidth<Acc>) {
-      const T* p = x + r * stride + c;
+      const T* p = x[r] + c;
       const Vector<Acc> v =
           cols - c >= kWidth<Acc> ? load_as<Acc>(p) : load_part_as<Acc>(p, cols - c);
       probe += v * Acc(0);
@@ -91,24 +93,26 @@ bool has_non_finite(int64_t rows, int64_t cols, const T* x, int64_t stride) {
 
 // acc_o += P v, leaving out what a row does not see, where 0 * NaN would be NaN. Sums as the
 // products do, in steps of `step` keys: the bits are those of a v with zeros there.
-template <class Acc, class T>
-void accumulate_visible(const AttentionParams& p, int64_t batch, const KeyBlock& keys, int64_t step,
-                        int64_t rows, const Row* row, const Acc* s, int64_t s_row, const T* v,
-                        Acc* acc_o, int64_t o_row) {
+template <class Element, class Acc = Accumulator<Element>>
+void accumulate_visible(const AttentionParams& p, int64_t batch, int64_t head_kv,
+                        const KeyBlock& keys, int64_t step, int64_t rows,
+                        const ForwardScratch<Element>& t) {
   constexpr int width = kWidth<Acc>;
+  const Acc* const s = t.s;
   for (int64_t r = 0; r < rows; ++r) {
+    Acc* const acc_o = t.acc_o + r * t.o_row;
     for (int64_t first = 0; first < keys.count; first += step) {
       const int64_t last = min_of(first + step, keys.count);
       for (int64_t c = 0; c < p.head_dim_v; c += width) {
         Vector<Acc> sum = {};
         for (int64_t key = first; key < last; ++key) {
-          if (!sees(p, batch, row[r], keys.at(key))) continue;
-          const T* at = v + (keys.at(key) - keys.first) * p.v.seqlen + c;
+          if (!sees(p, batch, t.rows[r], keys.at(key))) continue;
+          const Element* at = slot_of<Element>(p, p.v, batch, keys.at(key), head_kv) + c;
           const Vector<Acc> x = p.head_dim_v - c >= width ? load_as<Acc>(at)
                                                           : load_part_as<Acc>(at, p.head_dim_v - c);
-          sum = fma(broadcast<Acc>(s[r * s_row + key]), x, sum);
+          sum = fma(broadcast<Acc>(s[r * t.s_row + key]), x, sum);
         }
-        store<Acc>(acc_o + r * o_row + c, load(acc_o + r * o_row + c) + sum);
+        store<Acc>(acc_o + c, load(acc_o + c) + sum);
       }
     }
   }
@@ -151,29 +155,47 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
 template <class Element, class Acc = Accumulator<Element>>
 void attend_packed(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
                    const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& t) {
-  const Element* k = element_of<Element>(p.k, batch, keys.first, head_kv);
-  const Element* v = element_of<Element>(p.v, batch, keys.first, head_kv);
   const auto visible = [&](int64_t row) __attribute__((always_inline)) {
     return visible_part(t.rows, row / kTileRows * kTileRows, rows, keys);
   };
-  pack_transposed(keys.count, p.head_dim, k, p.k.seqlen, t.k_panels, t.staging);
+  pack_transposed(keys.count, p.head_dim, rows_of<Element>(p, p.k, batch, keys, head_kv, t.offset),
+                  t.k_panels, t.staging);
   tile_gemm_parts(rows, keys.count, t.q, t.q_row, 1, packed(t.k_panels, p.head_dim), t.s, t.s_row,
                   false, visible, Whole{p.head_dim});
   const bool hides = softmax_block(p, batch, keys, rows, t, visible);
-  if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
-    accumulate_visible(p, batch, keys, keys.count, rows, t.rows, t.s, t.s_row, v, t.acc_o, t.o_row);
+  const Rows<Element> v = rows_of<Element>(p, p.v, batch, keys, head_kv, t.offset);
+  if (hides && has_non_finite<Acc>(keys.count, p.head_dim_v, v)) {
+    accumulate_visible(p, batch, head_kv, keys, keys.count, rows, t);
     return;
   }
-  pack_rows(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_panels);
+  pack_rows(keys.count, p.head_dim_v, v, t.v_panels);
   tile_gemm_parts(rows, p.head_dim_v, t.s, t.s_row, 1, packed(t.v_panels, keys.count), t.acc_o,
                   t.o_row, true, Whole{p.head_dim_v}, visible);
 }
 
-// run(first, count, key, head) for the steps of a block and, in each, for all heads.
+// run(first, count, offset, head) for the steps of a block and, in each, for all heads: a step's
+// keys have rows `offset` behind the head's first in x, which is k or v.
 template <class Run>
-FIL_INLINE void for_steps(const KeyBlock& keys, int64_t heads, const Run& run) {
+FIL_INLINE void for_steps(const AttentionParams& p, const Strided<const void*>& x, int64_t batch,
+                          const KeyBlock& keys, int64_t heads, const Run& run) {
+  const PageTable& table = p.block_table;
+  int64_t offset[kStepRows] = {}, slot[kStepRows] = {};
   for (int64_t c = 0; c < keys.count; c += kStepRows) {
-    for (int64_t h = 0; h < heads; ++h) run(c, min_of(keys.count - c, kStepRows), keys.at(c), h);
+    const int64_t count = min_of(keys.count - c, kStepRows);
+    if (table.pages == nullptr) {
+      const int64_t first = slot_offset(p, x, batch, keys.at(c)), apart = keys.apart * x.seqlen;
+      for (int64_t j = 0; j < kStepRows; ++j) offset[j] = first + j * apart;
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        slot[j] += keys.step;
+        offset[j] += keys.step * x.seqlen;
+        if (c > 0 && slot[j] < table.page_size) continue;  // still on the stream's page
+        const PageTable::Slot at = table.at(batch, keys.at(c + j));
+        slot[j] = at.slot;
+        offset[j] = at.page * x.batch + at.slot * x.seqlen;
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) run(c, count, offset, h);
   }
 }
 
@@ -181,26 +203,26 @@ FIL_INLINE void for_steps(const KeyBlock& keys, int64_t heads, const Run& run) {
 template <class Element, class Acc = Accumulator<Element>>
 bool is_poisoned(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
                  const KeyBlock& keys) {
-  bool found = false;
-  for_steps(keys, 1,
-            [&](int64_t, int64_t count, int64_t key, int64_t) __attribute__((always_inline)) {
-              const Element* v = element_of<Element>(p.v, batch, key, head_kv);
-              found |= has_non_finite<Acc>(count, p.head_dim_v, v, keys.apart * p.v.seqlen);
-            });
-  return found;
+  for (int64_t c = 0; c < keys.count; ++c) {
+    const Element* v = slot_of<Element>(p, p.v, batch, keys.at(c), head_kv);
+    if (has_non_finite<Acc>(1, p.head_dim_v, Rows<Element>{v, 0})) return true;
+  }
+  return false;
 }
 
 // One block of keys of few rows, for all KV heads of the task.
 template <class Element, class Acc = Accumulator<Element>>
 void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_head, int64_t heads,
                      const KeyBlock& keys, int64_t rows, const ForwardScratch<Element>& all) {
-  for_steps(keys, heads,
-            [&](int64_t c, int64_t count, int64_t key, int64_t h) __attribute__((always_inline)) {
-              const ForwardScratch<Element> t = all.head(h);
-              tile_dot(rows, count, p.head_dim, t.q, t.q_row,
-                       element_of<Element>(p.k, batch, key, first_head + h),
-                       keys.apart * p.k.seqlen, t.s + c, t.s_row);
-            });
+  const Element* const k = element_of<Element>(p.k, 0, 0, first_head);
+  const Element* const v = element_of<Element>(p.v, 0, 0, first_head);
+  for_steps(p, p.k, batch, keys, heads,
+            [&](int64_t c, int64_t count, const int64_t* offset, int64_t h)
+                __attribute__((always_inline)) {
+                  const ForwardScratch<Element> t = all.head(h);
+                  tile_dot(rows, count, p.head_dim, t.q, t.q_row, k + h * p.k.head, offset, t.s + c,
+                           t.s_row);
+                });
   bool hides = false;
   for (int64_t h = 0; h < heads; ++h) {
     hides |= softmax_block(p, batch, keys, rows, all.head(h), Whole{keys.count});
@@ -208,20 +230,17 @@ void attend_in_place(const AttentionFwdParams& p, int64_t batch, int64_t first_h
   uint64_t done = 0;  // a bit for each head
   for (int64_t h = 0; hides && h < heads; ++h) {
     if (!is_poisoned<Element>(p, batch, first_head + h, keys)) continue;
-    const ForwardScratch<Element> t = all.head(h);
-    accumulate_visible(p, batch, keys, kStepRows, rows, t.rows, t.s, t.s_row,
-                       element_of<Element>(p.v, batch, keys.first, first_head + h), t.acc_o,
-                       t.o_row);
+    accumulate_visible(p, batch, first_head + h, keys, kStepRows, rows, all.head(h));
     done |= uint64_t{1} << h;
   }
-  for_steps(keys, heads,
-            [&](int64_t c, int64_t count, int64_t key, int64_t h) __attribute__((always_inline)) {
-              if (done >> h & 1) return;
-              const ForwardScratch<Element> t = all.head(h);
-              tile_gemm_direct(rows, p.head_dim_v, count, t.s + c, t.s_row,
-                               element_of<Element>(p.v, batch, key, first_head + h),
-                               keys.apart * p.v.seqlen, t.acc_o, t.o_row);
-            });
+  for_steps(p, p.v, batch, keys, heads,
+            [&](int64_t c, int64_t count, const int64_t* offset, int64_t h)
+                __attribute__((always_inline)) {
+                  if (done >> h & 1) return;
+                  const ForwardScratch<Element> t = all.head(h);
+                  tile_gemm_direct(rows, p.head_dim_v, count, t.s + c, t.s_row, v + h * p.v.head,
+                                   offset, t.acc_o, t.o_row);
+                });
 }
 
 // One block of keys for all KV heads of the task.

@@ -34,6 +34,7 @@ struct TileScratch : RowState<float> {
     k_tiles = arena.take<BFloat16>(round_up(block_n, kAmxDepth) * q_row);
     v_tiles = arena.take<BFloat16>(round_up(block_n, kAmxDepth) * o_row);
     staging = arena.take<BFloat16>(kAmxRows * q_row);
+    offset = arena.take<int64_t>(params.block_table.pages ? 2 * block_n : 0);
   }
 
   // The same scratch from that row on.
@@ -58,6 +59,7 @@ struct TileScratch : RowState<float> {
   int64_t v_depth = 0;                         // keys of the block, as V is packed
   float *s, *bias;                             // two of 32 rows, as are
   BFloat16 *p, *q, *k_tiles, *v_tiles, *staging;
+  int64_t* offset;  // of a block's keys in a paged cache: in k, then in v
 };
 
 FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r, const TileScratch& t) {
@@ -133,8 +135,8 @@ template <class Scratch>
 void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
                     const KeyBlock& keys, int64_t rows, const Scratch& t) {
   for (int64_t key = 0; key < keys.count; ++key) {
-    const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.at(key), head_kv);
-    if (!has_non_finite<float>(1, p.head_dim_v, v, 0)) continue;
+    const BFloat16* v = slot_of<BFloat16>(p, p.v, batch, keys.at(key), head_kv);
+    if (!has_non_finite<float>(1, p.head_dim_v, Rows<BFloat16>{v, 0})) continue;
     for (int64_t r = 0; r < rows; ++r) {
       if (!sees(p, batch, t.rows[r], keys.at(key))) continue;
       const float probability = to_float(t.p[r * t.s_row + key]);
@@ -149,10 +151,11 @@ void add_non_finite(const AttentionFwdParams& p, int64_t batch, int64_t head_kv,
 // A packed task has one head.
 inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, int64_t,
                    const KeyBlock& block, int64_t rows, TileScratch all) {
-  const BFloat16* k = element_of<BFloat16>(p.k, batch, block.first, head_kv);
-  const BFloat16* v = element_of<BFloat16>(p.v, batch, block.first, head_kv);
-  pack_keys(block.count, p.head_dim, k, p.k.seqlen, all.k_tiles, all.staging);
-  pack_values<false>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles, 0);
+  const Rows<BFloat16> k = rows_of<BFloat16>(p, p.k, batch, block, head_kv, all.offset);
+  const Rows<BFloat16> v =
+      rows_of<BFloat16>(p, p.v, batch, block, head_kv, all.offset + all.plan.tile.block_n);
+  pack_keys(block.count, p.head_dim, k, all.k_tiles, all.staging);
+  pack_values<false>(block.count, p.head_dim_v, v, all.v_tiles, 0);
   all.v_depth = round_up(block.count, kAmxDepth);
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool probed = false, poisoned = false;  // V, once a row does not see all of it
@@ -183,8 +186,8 @@ inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, 
     finish();
     if (hides && !probed) {
       probed = true;
-      poisoned = has_non_finite<float>(block.count, p.head_dim_v, v, p.v.seqlen);
-      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, p.v.seqlen, all.v_tiles, 0);
+      poisoned = has_non_finite<float>(block.count, p.head_dim_v, v);
+      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, all.v_tiles, 0);
     }
     before = now;
     before.finite_only = poisoned;

@@ -27,6 +27,7 @@ struct FewRowsScratch : RowState<float> {
     bias = arena.take<float>(s_row);
     v_tiles = arena.take<BFloat16>(s_row * o_row);
     staging = arena.take<BFloat16>(2 * kAmxRows * q_row);
+    offset = arena.take<int64_t>(params.block_table.pages ? 2 * plan.tile.block_n : 0);
   }
 
   FewRowsScratch head(int64_t i) const {
@@ -41,6 +42,7 @@ struct FewRowsScratch : RowState<float> {
   int64_t q_row, s_row;  // strides; q_row is the depth that q and K are padded to
   float *transposed, *s, *bias;
   BFloat16 *p, *q_tiles, *v_tiles, *staging;
+  int64_t* offset;  // of a block's keys in a paged cache: in k, then in v
 };
 
 // Column r of q^T as tiles, zero behind head_dim. Columns without a row hold anything: they make
@@ -53,29 +55,34 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r,
   }
 }
 
-// 32 rows of K for two tiles: in place where they are whole, else beside zeros.
-struct TileRows {
-  const BFloat16* data;
-  int64_t row;  // stride
-};
-FIL_INLINE TileRows key_rows(const BFloat16* k, int64_t k_row, int64_t count, int64_t head_dim,
-                             const FewRowsScratch& t) {
-  if (count >= 2 * kAmxRows && head_dim == t.q_row) return {k, k_row};
-  __builtin_memset(t.staging, 0, 2 * kAmxRows * t.q_row * sizeof *k);
-  for (int64_t i = 0; i < min_of<int64_t>(count, 2 * kAmxRows); ++i) {
-    __builtin_memcpy(t.staging + i * t.q_row, k + i * k_row, head_dim * sizeof *k);
+// Whether the rows lie evenly: a paged cache's do within a page.
+FIL_INLINE bool lie_evenly(int64_t count, Rows<BFloat16> rows) {
+  bool even = true;
+  for (int64_t i = 1; rows.offset && i < count; ++i) {
+    even &= rows.offset[i] - rows.offset[i - 1] == rows.stride;
+  }
+  return even;
+}
+
+// 32 rows of K for two tiles: in place where they are whole and lie evenly, else beside zeros.
+FIL_INLINE Rows<BFloat16> key_rows(Rows<BFloat16> k, int64_t count, int64_t head_dim,
+                                   const FewRowsScratch& t) {
+  constexpr int64_t wanted = 2 * kAmxRows;
+  if (count >= wanted && head_dim == t.q_row && lie_evenly(wanted, k)) return {k[0], k.stride};
+  __builtin_memset(t.staging, 0, wanted * t.q_row * sizeof(BFloat16));
+  for (int64_t i = 0; i < min_of(count, wanted); ++i) {
+    __builtin_memcpy(t.staging + i * t.q_row, k[i], head_dim * sizeof(BFloat16));
   }
   return {t.staging, t.q_row};
 }
 
 // s[rows, count] <- q k^T of one head. The sums of all keys are transposed in the end, when those
 // of the first have long been stored.
-FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, const BFloat16* k,
-                                int64_t k_row, int64_t head_dim, int64_t ahead,
-                                const FewRowsScratch& t) {
+FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, Rows<BFloat16> k,
+                                int64_t head_dim, int64_t ahead, const FewRowsScratch& t) {
   for (int64_t first = 0; first < count; first += 2 * kAmxRows) {
-    const TileRows from = key_rows(k + first * k_row, k_row, count - first, head_dim, t);
-    const int64_t bytes = from.row * int64_t{sizeof *k};
+    const Rows<BFloat16> from = key_rows(k.from(first), count - first, head_dim, t);
+    const int64_t bytes = from.stride * int64_t{sizeof(BFloat16)};
     Tiles::fence();
     tiles.zero<0>();
     tiles.zero<2>();
@@ -83,11 +90,11 @@ FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, const
       tiles.load<4>(from.data + d, bytes);
       tiles.load<6>(t.q_tiles + d * kAmxRows, 64);
       tiles.multiply<0, 4, 6>();
-      tiles.load<5>(from.data + kAmxRows * from.row + d, bytes);
+      tiles.load<5>(from.data + kAmxRows * from.stride + d, bytes);
       tiles.multiply<2, 5, 6>();
     }
     for (int64_t i = 0; i < 2 * kAmxRows; ++i) {
-      prefetch_row(k + (first + i) * k_row + ahead, head_dim);
+      prefetch_row(k[min_of(first + i, count - 1)] + ahead, head_dim);
     }
     tiles.store<0>(t.transposed + first * kAmxRows, 64);
     tiles.store<2>(t.transposed + (first + kAmxRows) * kAmxRows, 64);
@@ -104,22 +111,23 @@ inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t first_hea
   for (int64_t h = 0; h < heads; ++h) {
     const FewRowsScratch t = all.head(h);
     const int64_t head_kv = first_head + h;
-    const BFloat16* k = element_of<BFloat16>(p.k, batch, keys.first, head_kv);
-    const BFloat16* v = element_of<BFloat16>(p.v, batch, keys.first, head_kv);
-    // The next head's block, or the first head's next one.
+    const Rows<BFloat16> k = rows_of<BFloat16>(p, p.k, batch, keys, head_kv, t.offset);
+    const Rows<BFloat16> v =
+        rows_of<BFloat16>(p, p.v, batch, keys, head_kv, t.offset + t.plan.tile.block_n);
+    // The next head's block, or the first head's next one: of a page, more of the page.
     const bool last = h + 1 == heads;
     const int64_t k_ahead = last ? keys.count * p.k.seqlen - h * p.k.head : p.k.head;
     const int64_t v_ahead = last ? keys.count * p.v.seqlen - h * p.v.head : p.v.head;
-    few_rows_scores(tiles, rows, keys.count, k, p.k.seqlen, p.head_dim, k_ahead, t);
+    few_rows_scores(tiles, rows, keys.count, k, p.head_dim, k_ahead, t);
     bool hides = false;
     for (int64_t r = 0; r < rows; ++r) {
       hides |= tile_row(p, batch, keys, r, t, mask_is_shared && r > 0, nullptr);
     }
-    if (hides && has_non_finite<float>(keys.count, p.head_dim_v, v, p.v.seqlen)) {
-      pack_values<true>(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_tiles, 0);
+    if (hides && has_non_finite<float>(keys.count, p.head_dim_v, v)) {
+      pack_values<true>(keys.count, p.head_dim_v, v, t.v_tiles, 0);
       add_non_finite(p, batch, head_kv, keys, rows, t);
     } else {
-      pack_values<false>(keys.count, p.head_dim_v, v, p.v.seqlen, t.v_tiles, v_ahead);
+      pack_values<false>(keys.count, p.head_dim_v, v, t.v_tiles, v_ahead);
     }
     amx_gemm(tiles, rows, p.head_dim_v, depth, t.p, t.s_row, t.v_tiles, t.acc_o, t.o_row, true);
   }

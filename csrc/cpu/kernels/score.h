@@ -51,6 +51,29 @@ FIL_INLINE T* element_of(const Strided<void*>& x, int64_t batch, int64_t seq, in
   return static_cast<T*>(x.data) + batch * x.batch + seq * x.seqlen + head * x.head;
 }
 
+// Of a slot in x, which is k or v.
+FIL_INLINE int64_t slot_offset(const AttentionParams& p, const Strided<const void*>& x,
+                               int64_t batch, int64_t key) {
+  const PageTable::Slot at = p.block_table.at(batch, key);
+  return at.page * x.batch + at.slot * x.seqlen;
+}
+template <class T>
+FIL_INLINE const T* slot_of(const AttentionParams& p, const Strided<const void*>& x, int64_t batch,
+                            int64_t key, int64_t head) {
+  return static_cast<const T*>(x.data) + slot_offset(p, x, batch, key) + head * x.head;
+}
+
+// The rows of a block's keys in x, which is k or v. A paged cache needs room for their offsets.
+template <class T>
+FIL_INLINE Rows<T> rows_of(const AttentionParams& p, const Strided<const void*>& x, int64_t batch,
+                           const KeyBlock& keys, int64_t head, int64_t* offset) {
+  if (p.block_table.pages == nullptr) {
+    return {element_of<T>(x, batch, keys.first, head), x.seqlen};
+  }
+  for (int64_t c = 0; c < keys.count; ++c) offset[c] = slot_offset(p, x, batch, keys.first + c);
+  return {static_cast<const T*>(x.data) + head * x.head, x.seqlen, offset};
+}
+
 FIL_INLINE int64_t mask_offset(const MaskView& m, int64_t batch, const Row& row, int64_t key) {
   return batch * m.batch + row.head * m.head + row.query * m.row + key * m.col;
 }

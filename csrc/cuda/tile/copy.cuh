@@ -3,8 +3,9 @@
 // A source says where a row is and whether it exists: `const Element* row(int r)`, `bool valid(int
 // r)`, and whether rows lie evenly: `Element* next(Element* row, int r, int rows_on)` goes from row
 // r to row r + rows_on. Rows that do not exist and columns beyond `cols` are zero in the tile.
-// Paged and ragged caches are other sources of the same shape.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/tile/smem_tile.cuh"
 
@@ -26,6 +27,31 @@ struct KvRows {
     return at + rows_on * stride;
   }
   __device__ __forceinline__ bool valid(int r) const { return first + r < end; }
+};
+
+// The same of a cache in pages, of which `head` is the first. Table is a PageTable, View says where
+// its entries lie in device memory. Clamped: a wrong page may not lead outside the cache.
+template <class Element, class Table, class View>
+struct PagedRows : KvRows<Element> {
+  int64_t page_stride;
+  const Table& table;
+  const View& view;
+  int batch_idx;
+
+  __device__ __forceinline__ const Element* row(int r) const {
+    const int slot = std::min(this->first + r, this->end - 1);  // no page is there for what is not
+    const auto page_size = static_cast<int>(table.page_size);
+    const int i = table.shift >= 0 ? slot >> table.shift : slot / page_size;
+    const int64_t at = batch_idx * view.batch + i * view.page;
+    const int64_t page = view.is_int64
+                             ? arch::ldg(static_cast<const int64_t*>(view.data) + at)
+                             : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
+    const int64_t inside = std::max(std::min(page, table.num_pages - 1), int64_t{0});
+    return this->head + inside * page_stride + int64_t{slot - i * page_size} * this->stride;
+  }
+  __device__ __forceinline__ const Element* next(const Element*, int r, int rows_on) const {
+    return row(r + rows_on);
+  }
 };
 
 // 16 bytes from an address with only the element's alignment.

@@ -65,8 +65,9 @@ struct Block {
     batch_idx = static_cast<int>(block / kv_splits);
 
     rows = {head_kv, p.group, p.rows};
-    k_head = static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + head_kv * p.k.head;
-    v_head = static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + head_kv * p.v.head;
+    const int page = p.device_block_table.data == nullptr ? batch_idx : 0;
+    k_head = static_cast<const Element*>(p.k.data) + page * p.k.batch + head_kv * p.k.head;
+    v_head = static_cast<const Element*>(p.v.data) + page * p.v.batch + head_kv * p.v.head;
     scale = p.scale_first ? 1.f : p.scale_log2;
   }
 
@@ -113,7 +114,7 @@ struct Block {
   int first_row;  // of the block, among the rows of its KV head
   tile::PackedRows rows;
   tile::KeySlots slots;
-  const Element* k_head;
+  const Element* k_head;  // of the sequence, or of a paged cache's first page
   const Element* v_head;
   float scale;  // of S to log2, applied by the exponential
 };

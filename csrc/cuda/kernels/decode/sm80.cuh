@@ -42,18 +42,36 @@ __device__ __forceinline__ void load_q(const Block<Cfg>& b) {
   arch::cp_async_commit();
 }
 
+// Starts the copy of the rows from slot `first` on of K or V into a tile of the warp.
+template <class Cfg, class Tile>
+__device__ __forceinline__ void load_slots(const Block<Cfg>& b, const Tile& tile,
+                                           const Strided<const void*>& x,
+                                           const typename Cfg::Element* head, int first, int end,
+                                           int cols, bool vector) {
+  using Element = typename Cfg::Element;
+  const BlockTableView& view = b.p.device_block_table;
+  if (view.data == nullptr) {
+    const tile::KvRows<Element> rows{head, x.seqlen, first, end};
+    tile::load_rows<32>(tile, rows, cols, vector, b.lane);
+  } else {
+    const tile::PagedRows<Element, PageTable, BlockTableView> rows{
+        {head, x.seqlen, first, end}, x.batch, b.p.block_table, view, b.batch_idx};
+    tile::load_rows<32>(tile, rows, cols, vector, b.lane);
+  }
+}
+
 // Starts the copy of key block n into a stage of the warp; beyond the last block an empty group, so
 // that groups and blocks stay in step.
 template <class Cfg>
 __device__ __forceinline__ void load_stage(const Block<Cfg>& b, const SplitKeys& keys, int n,
                                            int stage) {
-  using Element = typename Cfg::Element;
   if (n < keys.count) {
+    const Params& p = b.p;
     const int first = keys.first + n * Cfg::block_n;
-    const tile::KvRows<Element> k{b.k_head, b.p.k.seqlen, first, keys.end};
-    const tile::KvRows<Element> v{b.v_head, b.p.v.seqlen, first, keys.end};
-    tile::load_rows<32>(b.k(stage), k, static_cast<int>(b.p.head_dim), b.p.vector_k, b.lane);
-    tile::load_rows<32>(b.v(stage), v, static_cast<int>(b.p.head_dim_v), b.p.vector_v, b.lane);
+    load_slots(b, b.k(stage), p.k, b.k_head, first, keys.end, static_cast<int>(p.head_dim),
+               p.vector_k);
+    load_slots(b, b.v(stage), p.v, b.v_head, first, keys.end, static_cast<int>(p.head_dim_v),
+               p.vector_v);
   }
   arch::cp_async_commit();
 }
