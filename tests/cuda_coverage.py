@@ -15,6 +15,7 @@ import pytest
 import torch
 from _pytest.reports import TestReport
 
+from flashinfer_lite.reference import gather_pages
 from flashinfer_lite.testing import simt
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
@@ -38,7 +39,10 @@ ATTENTION = (
     *("empty rows", "hidden NaN or inf", "visible NaN or inf", "extreme logits"),
     *("sequence alone", "unified", "unified, phi by head", "unified, rows recomputed"),
 )
-DECODE = ("1 split", "2 splits", "7 splits", "empty splits", "batch invariant", "queries > 1")
+DECODE = (
+    *("1 split", "2 splits", "7 splits", "empty splits", "batch invariant", "queries > 1"),
+    "pages",
+)
 COMBINE = (
     *("1 state", "2 states", "7 states", "40 states", "empty states", "NaN in empty state"),
     *("strides", "columns % 32"),
@@ -215,6 +219,10 @@ class Recording(simt.Executor):
     def decode(self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments):
         splitting = {"kv_splits": kv_splits, "batch_invariant": batch_invariant}
         out, lse = super().decode(q, k, v, return_lse=True, **splitting, **arguments)
+        block_table = arguments.pop("block_table", None)
+        if block_table is not None:
+            self.record(["pages"])
+            k, v = (gather_pages(x, block_table) for x in (k, v))
         self._record_attention(q, k, v, arguments, out, lse)
         splits = self.plan.kv_splits
         self.record(["1 split" if splits == 1 else f"{splits} splits"])

@@ -166,6 +166,38 @@ def decode_batch_invariant():
     assert_same_bits(both[1:], alone)
 
 
+@case(*((kv_splits, page_size) for kv_splits in (1, 3) for page_size in (1, 7, 16)))
+def decode_paged(variant):
+    kv_splits, page_size = variant
+    pages = -(-70 // page_size)
+    q, _, _ = make_qkv(*SHAPE, dtype=torch.bfloat16)
+    table = torch.randperm(2 * pages + 3)[: 2 * pages].view(2, pages).to(INT)
+    k, v = (torch.randn(2 * pages + 3, page_size, 2, d).bfloat16() for d in (40, 24))
+    arguments = {"seqlens_kv": torch.tensor([70, 23]), "causal": True}
+    dense = (fi.reference.gather_pages(x, table) for x in (k, v))
+    op = on_gpu(fi.decode, kv_splits=kv_splits, block_table=gpus().put(table, "cuda:0"))
+    check_forward(lambda q, _k, _v, **others: op(q, k, v, **others), q, *dense, **arguments)
+
+
+@case()
+def decode_paged_checks_its_pages():
+    q, k, v = make_qkv(1, 1, 4, 2, 1, 16)
+    table = torch.tensor([[0, 1, 2]])
+    k, v = k.view(1, 4, 1, 16), v.view(1, 4, 1, 16)
+    arguments = {"seqlens_kv": torch.tensor([5])}
+    message = r"block_table: expected pages in \[0, 1\), got 1 at \[0, 1\]"
+    expect(message, lambda: on_gpu(fi.decode)(q, k, v, block_table=table, **arguments))
+
+
+@case()
+def decode_paged_without_pages():
+    q = torch.randn(2, 1, 2, 16)
+    empty = torch.zeros(0, 4, 1, 16)
+    arguments = {"block_table": torch.zeros(2, 3, dtype=INT), "return_lse": True}
+    out, lse = on_gpu(fi.decode)(q, empty, empty, seqlens_kv=torch.tensor([0, 0]), **arguments)
+    assert (out == 0).all() and (lse == -torch.inf).all() and launched() == []
+
+
 @case(1, 7)
 def decode_out(kv_splits):
     q, k, v = make_qkv(*SHAPE)

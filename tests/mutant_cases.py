@@ -98,6 +98,7 @@ class Attention:
         self.bound = {}  # of decode alone
         self.device = {}
         self.around = contextlib.nullcontext
+        self.pages = None  # (k, v) of a paged cache; self.k and self.v are what it stands for
 
     def edit(self, change):
         change(self)
@@ -116,8 +117,9 @@ class Attention:
     def _call(self, options):
         executor = self._executor(options)
         op = executor.attention if self.kernel == "attention_fwd" else executor.decode
+        k, v = self.pages or (self.k, self.v)
         with self.around():
-            tensors = op(self.q, self.k, self.v, return_lse=True, **self.arguments, **self.bound)
+            tensors = op(self.q, k, v, return_lse=True, **self.arguments, **self.bound)
         return tensors, executor.reports
 
     def _check(self, tensors):
@@ -192,6 +194,25 @@ def _hostile_lengths(case):
     case.wanted["kv_start"] = torch.tensor([0, 0, 60])
 
 
+def _pages(page_size, dtype):
+    """The cache in scattered pages, by a strided table that is out of range for the first and the
+    last of them."""
+
+    def change(case):
+        batch_size, capacity = case.k.shape[:2]
+        shape = batch_size, capacity // page_size
+        table = torch.randperm(shape[0] * shape[1], generator=_generator(case.name)).view(shape)
+        case.pages = tuple(torch.empty_like(x) for x in (case.k, case.v))
+        case.pages = tuple(x.view(-1, page_size, *x.shape[2:]) for x in case.pages)
+        for pool, x in zip(case.pages, (case.k, case.v), strict=True):
+            pool[table] = x.unflatten(1, (-1, page_size))
+        named = table.where(table > 0, -5).where(table < table.max(), 2**30)
+        table = torch.stack((named, named - 1), 2).flatten(1).to(dtype)[:, ::2]
+        case.bound = {**case.bound, "block_table": table}
+
+    return change
+
+
 def _sections(case):
     """The L2 holds two and a half of the six heads."""
     bytes_per_head = case.k.shape[1] * 2 * 64 * 2
@@ -247,6 +268,7 @@ def decode_cases():
     decode = functools.partial(Attention, "decode")
     started = {"seqlens_kv": _lengths(300, 0), "kv_start": _lengths(13, 0, dtype=torch.int64)}
     masked = {"mask": torch.bool, "head_dim": 56, "head_dim_v": 40}
+    ends = {"seqlens_kv": _lengths(150, 70)}
     return [
         decode("stages", (1, 6), (1100, 2)).edit(_splits(1)).case(),
         decode("splits", (4, 12), (706, 2), batch_size=2, causal=True).edit(_splits(3)).case(),
@@ -284,6 +306,14 @@ def decode_cases():
         decode("hostile", (2, 2), (150, 1), batch_size=3, causal=True)
         .edit(_hostile_lengths)
         .edit(_splits(2))
+        .case(),
+        decode("pages", (2, 4), (160, 2), batch_size=2, causal=True, **ends)
+        .edit(_splits(2))
+        .edit(_pages(16, torch.int32))
+        .case(),
+        decode("odd pages", (2, 4), (150, 2), batch_size=2, **ends)
+        .edit(_splits(1))
+        .edit(_pages(10, torch.int64))
         .case(),
         _batch_invariant(decode("batch invariant", (1, 2), (2100, 1), window=(1500, 0))),
     ]

@@ -199,6 +199,18 @@ def test_unified_maximum(device, executor, row):
     check_forward(functools.partial(op, phi=phi), *qkv, **arguments)
 
 
+@every_decode_row
+def test_pages(device, executor, row):
+    """In order and the other way round; test_cuda_paged.py has the rest."""
+    op = kernel_of(executor, row, kv_splits=2)
+    q, k, v = make_qkv(1, 2, 64, 2, 1, row.head_dim, dtype=dtype_of(row))
+    pages = (x.view(8, 8, 1, -1) for x in (k, v))
+    backwards = (x.view(8, 8, 1, -1).flip(0) for x in (k, v))
+    wanted = op(q, k, v)
+    assert_same_bits(op(q, *pages, block_table=torch.arange(8)[None]), wanted)
+    assert_same_bits(op(q, *backwards, block_table=torch.arange(8).flip(0)[None]), wanted)
+
+
 def poisoned(t, keys, value):
     """A copy in which those keys hold nothing but `value`."""
     t = t.clone()
