@@ -7,8 +7,9 @@
 
 from flashinfer_lite._introspect import explain, stats
 from flashinfer_lite._ops import built, cuda_status
+from flashinfer_lite.append import append_kv
 from flashinfer_lite.attention import attention, attention_varlen
-from flashinfer_lite.decode import append_kv, decode, merge_states
+from flashinfer_lite.decode import decode, merge_states
 from flashinfer_lite.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,

@@ -256,6 +256,18 @@ def no_cuda_backward(*tensors):
             )
 
 
+def no_grad(op, **tensors):
+    """Refuse inputs of inference that require grad, while grad mode is on."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise RuntimeError(
+                f"{name}: {op} is for inference and got a tensor that requires grad; "
+                "use attention to train, or torch.no_grad()"
+            )
+
+
 def no_forward_ad(op, otherwise, **tensors):
     """Refuse tangents, which the op would drop without a word; `otherwise` ends the text."""
     if forward_ad._current_level < 0:

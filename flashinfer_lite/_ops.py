@@ -30,6 +30,8 @@ SCHEMAS = {
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
     f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_DECODE}) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "append_kv": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seqlens_kv, "
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved) -> ()",
     "flat_linear": "(Tensor x, Tensor weight, Tensor? bias, str kernel) -> Tensor",
     "flat_linear.out": "(Tensor x, Tensor weight, Tensor? bias, str kernel, Tensor(a!) out) -> ()",
     "plan": "(Tensor q, Tensor k, Tensor v, str kernel, int longest, int kv_splits, "
@@ -86,6 +88,7 @@ decode = _namespace.decode.default
 decode_out = _namespace.decode.out
 plan = _namespace.plan.default
 merge_states = _namespace.merge_states.default
+append_kv = _namespace.append_kv.default
 flat_linear = _namespace.flat_linear.default
 flat_linear_out = _namespace.flat_linear.out
 
@@ -168,6 +171,11 @@ def _(q, k, v, *rest):
 def _(outs, lses):
     _one_device(outs, lses)
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+@torch.library.register_fake("flashinfer_lite::append_kv")
+def _(k_cache, v_cache, k, v, seqlens_kv, *rest):
+    _one_device(k_cache, v_cache, k, v, seqlens_kv, *_tensors(rest))
 
 
 @torch.library.register_fake("flashinfer_lite::flat_linear")

@@ -140,13 +140,7 @@ def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, ou
     if batch_invariant and kv_splits:
         raise ValueError(f"kv_splits: expected 0 with batch_invariant, got {kv_splits}")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask, "sink": sink}
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(
-                    f"{name}: decode is for inference and got a tensor that requires grad; "
-                    "use attention to train, or torch.no_grad()"
-                )
+    _check.no_grad("decode", **tensors)
     _check.no_forward_ad("decode", "; reference.attention has", **tensors)
     if out is not None:
         _check_out(out, q, v_cache)
@@ -232,23 +226,3 @@ def _stacked(name, states, dims):
             f"{name}: expected {dims} dimensions with num_states first, got {list(states.shape)}"
         )
     return states
-
-
-def append_kv(
-    k_cache,
-    v_cache,
-    k,
-    v,
-    *,
-    seqlens_kv,
-    block_table=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    rotary_interleaved=False,
-):
-    """Write new keys and values into a cache in place. Not implemented yet.
-
-    Raises:
-        NotImplementedError: always; assign into the cache's slots with torch until it lands.
-    """
-    raise NotImplementedError("append_kv: not implemented yet; assign into the cache's slots")

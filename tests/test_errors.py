@@ -300,13 +300,11 @@ def test_flat_linear_dtypes_without_a_kernel(device):
     "name, arguments",
     [
         ("attention_varlen", [None] * 5),
-        ("append_kv", [None] * 4),
     ],
 )
 def test_functions_that_have_not_landed(device, name, arguments):
-    keywords = {"seqlens_kv": None} if name == "append_kv" else {}
     with pytest.raises(NotImplementedError, match=f"^{name}: "):
-        getattr(flashinfer_lite, name)(*arguments, **keywords)
+        getattr(flashinfer_lite, name)(*arguments)
 
 
 def test_forcing_an_absent_level_lists_those_present(device):

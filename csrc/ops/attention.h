@@ -76,19 +76,20 @@ inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
           stride[3]};
 }
 
-// What shows on the table of a paged cache without reading it. Returns how many slots it spans.
-inline int64_t check_block_table(const AttentionArgs& a) {
-  const Tensor& table = *a.block_table;
-  check_device("block_table", table, "q's", a.q);
-  check(table.dim() == 2 && table.size(0) == a.q.size(0), "block_table: expected shape [",
-        a.q.size(0), ", pages], got ", shape_text(table));
+// What shows on the table of a paged cache, `cache`, without reading it; `like` has the batch.
+// Returns how many slots a sequence has.
+inline int64_t check_block_table(const Tensor& table, const Tensor& like, const Tensor& cache) {
+  check_device("block_table", table, "q's", like);
+  check(table.dim() == 2 && table.size(0) == like.size(0), "block_table: expected shape [",
+        like.size(0), ", pages], got ", shape_text(table));
   const ScalarType type = table.scalar_type();
   check(type == ScalarType::Int || type == ScalarType::Long,
         "block_table: expected dtype int32 or int64, got ", dtype_text(type));
-  check(a.k.size(1) > 0, "k: expected pages of 1 slot or more, got ", shape_text(a.k));
+  const int64_t page_size = cache.size(1);
+  check(page_size > 0, "block_table: expected pages of 1 slot or more, got ", shape_text(cache));
   int64_t slots = 0;
-  check(!__builtin_mul_overflow(table.size(1), a.k.size(1), &slots) && slots <= int64_t{1} << 48,
-        "block_table: expected at most 2^48 slots, got ", table.size(1), " pages of ", a.k.size(1));
+  check(!__builtin_mul_overflow(table.size(1), page_size, &slots) && slots <= int64_t{1} << 48,
+        "block_table: expected at most 2^48 slots, got ", table.size(1), " pages of ", page_size);
   return slots;
 }
 
@@ -109,7 +110,7 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
   p.seqlen_q = a.q.size(1);
   p.num_heads_q = a.q.size(2);
   p.head_dim = a.q.size(3);
-  p.seqlen_kv = a.block_table ? check_block_table(a) : a.k.size(1);
+  p.seqlen_kv = a.block_table ? check_block_table(*a.block_table, a.q, a.k) : a.k.size(1);
   p.num_heads_kv = a.k.size(2);
   p.head_dim_v = a.v.size(3);
   const int64_t outer[2] = {a.block_table ? a.k.size(0) : p.batch_size, a.k.size(1)};
@@ -172,9 +173,9 @@ inline void set_softmax(AttentionFwdParams& p, const PhiArgs& a, const Tensor& q
 }
 
 // What shows on a tensor of lengths without reading it.
-inline void check_lengths(const char* name, const Tensor& x, const AttentionArgs& a) {
-  check_device(name, x, "q's", a.q);
-  check_shape(name, x, {a.q.size(0)});
+inline void check_lengths(const char* name, const Tensor& x, const Tensor& q) {
+  check_device(name, x, "q's", q);
+  check_shape(name, x, {q.size(0)});
   const ScalarType type = x.scalar_type();
   check(type == ScalarType::Int || type == ScalarType::Long, name,
         ": expected dtype int32 or int64, got ", dtype_text(type));
@@ -185,8 +186,8 @@ inline void check_lengths(const char* name, const Tensor& x, const AttentionArgs
 inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   set_tensors(p, a, backend);
   set_scores(p, a);
-  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a);
-  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a);
+  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a.q);
+  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a.q);
 }
 
 // Owns the lengths and pages that params point to.
@@ -229,28 +230,35 @@ inline void set_lengths(AttentionParams& p, Lengths& lengths, const std::optiona
   }
 }
 
-// Reads the pages of keys that some row sees from a table in host memory, and checks them; after
-// set_lengths. The entries of other pages may hold anything: they stand for page 0.
-inline void set_pages(AttentionParams& p, Lengths& lengths,
-                      const std::optional<Tensor>& block_table) {
-  if (!block_table) return;
-  const Tensor& table = *block_table;
-  PageTable& view = p.block_table;
-  for (int64_t b = 0; b < p.batch_size; ++b) {
-    view.row = std::max(view.row, ceil_div(p.visibility(b).kv_end, view.page_size));
-  }
-  lengths.pages.assign(p.batch_size * view.row + 1, 0);  // not empty: pages is not null
-  view.pages = lengths.pages.data();
-  for (int64_t b = 0; p.seqlen_q > 0 && b < p.batch_size; ++b) {
-    const KeyRange seen = p.visibility(b).rows(0, p.seqlen_q - 1);
-    if (seen.empty()) continue;
-    for (int64_t i = seen.begin / view.page_size; i * view.page_size < seen.end; ++i) {
+// Reads the pages of each sequence's slots from a table in host memory, and checks them. The
+// entries of other pages may hold anything: they stand for page 0. `pages` owns what view points
+// to.
+inline void read_pages(PageTable& view, std::vector<int64_t>& pages, const Tensor& table,
+                       const std::vector<KeyRange>& slots) {
+  for (const KeyRange& s : slots) view.row = std::max(view.row, ceil_div(s.end, view.page_size));
+  const auto batch_size = static_cast<int64_t>(slots.size());
+  pages.assign(batch_size * view.row + 1, 0);  // not empty: a null pointer is no table
+  view.pages = pages.data();
+  for (int64_t b = 0; b < batch_size; ++b) {
+    if (slots[b].empty()) continue;
+    for (int64_t i = slots[b].begin / view.page_size; i * view.page_size < slots[b].end; ++i) {
       const int64_t page = integer_at(table, b * table.stride(0) + i * table.stride(1));
       check(page >= 0 && page < view.num_pages, "block_table: expected pages in [0, ",
             view.num_pages, "), got ", page, " at [", b, ", ", i, "]");
-      lengths.pages[b * view.row + i] = page;
+      pages[b * view.row + i] = page;
     }
   }
+}
+
+// The pages of keys that some row sees; after set_lengths.
+inline void set_pages(AttentionParams& p, Lengths& lengths,
+                      const std::optional<Tensor>& block_table) {
+  if (!block_table) return;
+  std::vector<KeyRange> seen(p.batch_size);
+  for (int64_t b = 0; p.seqlen_q > 0 && b < p.batch_size; ++b) {
+    seen[b] = p.visibility(b).rows(0, p.seqlen_q - 1);
+  }
+  read_pages(p.block_table, lengths.pages, *block_table, seen);
 }
 
 struct Outputs {

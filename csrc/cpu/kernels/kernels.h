@@ -1,6 +1,7 @@
 // All kernels of a level, and its table.
 #pragma once
 
+#include "cpu/kernels/append_kv.h"
 #include "cpu/kernels/attention_bwd.h"
 #include "cpu/kernels/attention_fwd.h"
 #include "cpu/kernels/combine.h"
@@ -19,6 +20,7 @@ constexpr Kernels kernels_of() {
       {attention_bwd_tasks<Backward>, attention_bwd_scratch<Backward>, attention_bwd<Backward>},
       {combine_tasks<Element>, combine_scratch<Element>, combine<Element>},
       {unified_merge_tasks<Element>, unified_merge_scratch<Element>, unified_merge<Element>},
+      {append_kv_tasks, append_kv_scratch, append_kv<Element>},
       {},
       {}};
   if constexpr (sizeof(Element) < 8) {

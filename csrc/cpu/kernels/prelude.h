@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/heuristics.h"
+#include "common/params/append_kv.h"
 #include "common/params/attention.h"
 #include "common/params/flat_linear.h"
 #include "common/types.h"

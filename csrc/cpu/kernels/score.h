@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/math.h"
+#include "cpu/isa/tile_gemm.h"
 #include "cpu/kernels/arena.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/params/append_kv.h"
 #include "common/params/attention.h"
 #include "common/params/flat_linear.h"
 
@@ -22,6 +23,7 @@ struct Kernels {
   Kernel<AttentionBwdParams> attention_bwd;
   Kernel<CombineParams> combine;
   Kernel<AttentionFwdParams> unified_merge;
+  Kernel<AppendKvParams> append_kv;
   Kernel<FlatLinearParams> gemv, flat_gemm;  // not for float64
 };
 
