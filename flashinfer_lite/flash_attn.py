@@ -6,13 +6,16 @@ Differences, all of them on purpose: a query row that sees no key has an lse of 
 +inf) and the third result of ``return_attn_probs`` is always None, for there is no dropout mask to
 return. float32 works too, on the CPU also float64, and head_dim_v may differ from head_dim.
 
-An argument is applied or refused: what has not landed (dropout, ALiBi, variable lengths, paged
-caches, and for now gradients on CUDA) raises NotImplementedError with its name.
+An argument is applied or refused: what has not landed (dropout, ALiBi, variable lengths, and for
+now gradients on CUDA) raises NotImplementedError with its name.
 """
 
 import torch
 
+from flashinfer_lite import _check
+from flashinfer_lite.append import append_kv, rotate
 from flashinfer_lite.attention import attention
+from flashinfer_lite.decode import decode
 
 
 def flash_attn_func(
@@ -218,8 +221,106 @@ def flash_attn_with_kvcache(
     num_splits=0,
     return_softmax_lse=False,
 ):
-    """Not implemented yet: append to a cache and attend. `flashinfer_lite.decode` reads a cache."""
-    raise NotImplementedError("flash_attn_with_kvcache: not implemented yet; see decode()")
+    """Write new keys and values into a cache, if given, and attend to what it then holds.
+
+    Inference only, in place, in order: `append_kv`, then `decode`.
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim].
+        k_cache: [batch_cache, capacity, num_heads_kv, head_dim]; with block_table
+            [num_pages, page_size, num_heads_kv, head_dim], any page_size.
+        v_cache: the same with head_dim_v.
+        k, v: [batch, seqlen_new, num_heads_kv, head_dim or head_dim_v]: both or none. They go to
+            slots cache_seqlens and on, which needs cache_seqlens.
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2], only with k: keys are rotated by the
+            angles of their slots, queries by those of slots cache_seqlens + i with causal or a
+            window, all by that of cache_seqlens without.
+        cache_seqlens: slots in use before the call: an int, or int32 or int64 [batch]. Default:
+            all.
+        cache_batch_idx: integers [batch]: which sequences of the cache are meant; not with
+            block_table. Sequences that get new keys must differ.
+        cache_leftpad: integers [batch]: the first slot in use.
+        block_table: int32 or int64 [batch, pages], as in `flashinfer_lite.decode`.
+        softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
+        rotary_interleaved: pairs are 2i and 2i + 1; else i and i + rotary_dim / 2.
+        alibi_slopes: must be None until ALiBi lands.
+        num_splits: of the keys; 0 chooses.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Returns:
+        out [batch, seqlen_q, num_heads_q, head_dim_v], or (out, lse) with lse float32 (float64 for
+        float64) [batch, num_heads_q, seqlen_q].
+
+    Raises:
+        As `flashinfer_lite.append_kv` and `flashinfer_lite.decode`.
+
+    >>> q = torch.randn(2, 1, 4, 32); k = v = torch.randn(2, 1, 1, 32)
+    >>> k_cache, v_cache = torch.zeros(2, 2, 64, 1, 32)
+    >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=9).shape
+    torch.Size([2, 1, 4, 32])
+    """
+    _check.tensor("q", q)
+    _check.not_landed(alibi_slopes=alibi_slopes)  # before anything is written
+    if (k is None) != (v is None):
+        raise ValueError("v: expected k and v together, got only one of them")
+    if k is None and rotary_cos is not None:
+        raise ValueError("rotary_cos: expected None without k, got one")
+    used = _cache_seqlens(cache_seqlens, q)
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError("cache_batch_idx: expected None with block_table, got one")
+        # A cache of whole sequences is one of pages as long as they are.
+        _check.lengths("cache_batch_idx", cache_batch_idx, q)
+        block_table = cache_batch_idx.unsqueeze(1)
+    window = _window(window_size)
+    if k is not None:
+        if used is None:
+            raise ValueError("cache_seqlens: expected lengths with k, got None")
+        append_kv(
+            k_cache,
+            v_cache,
+            k,
+            v,
+            seqlens_kv=used,
+            block_table=block_table,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+        )
+        if rotary_cos is not None:
+            row = torch.arange(q.shape[1], device=q.device) * (causal or window != (-1, -1))
+            positions = used.long().unsqueeze(1) + row
+            # Lengths that leave no room are refused or, on CUDA, bounded, as they are for keys.
+            positions = positions.clamp(0, max(rotary_cos.shape[0] - 1, 0))
+            q = rotate(q, rotary_cos, rotary_sin, positions, rotary_interleaved)
+        used = used + k.shape[1]
+    return decode(
+        q,
+        k_cache,
+        v_cache,
+        seqlens_kv=used,
+        kv_start=cache_leftpad,
+        block_table=block_table,
+        kv_splits=num_splits,
+        causal=bool(causal),
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=None if softcap == 0.0 else softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_softmax_lse,
+    )
+
+
+def _cache_seqlens(cache_seqlens, q):
+    """The lengths as a tensor [batch], or None."""
+    if cache_seqlens is None or torch.is_tensor(cache_seqlens):
+        _check.lengths("cache_seqlens", cache_seqlens, q)
+        return cache_seqlens
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(
+            f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}"
+        )
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int64, device=q.device)
 
 
 def _window(window_size):
