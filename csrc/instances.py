@@ -62,6 +62,12 @@ KERNELS = {
         sixteen_bit_instructions=("LDG", "STG", "MUFU.EX2"),
         float32_instructions=("LDG", "STG", "MUFU.EX2"),
     ),
+    ("append_kv", 80): Kernel(
+        namespace="append_kv",
+        fields=(),
+        sixteen_bit_instructions=("LDG", "STG", "FFMA"),
+        float32_instructions=("LDG", "STG", "FFMA"),
+    ),
     ("flat_gemm", 80): Kernel(
         namespace="flat_gemm",
         fields=FLAT_FIELDS,
@@ -155,6 +161,7 @@ ROWS = [
     *combine_sm80(["bfloat16"], partial="bfloat16"),
     *combine_sm80(["float16"], partial="float16"),
     *combine_sm80(FLOAT32, partial="float32"),
+    *rows(("float32", *SIXTEEN_BIT), kernel="append_kv", arch=80),
     # The least block_m that is enough, or the last.
     *flat_gemm_sm80(block_m=8, block_n=64, num_stages=6),
     *flat_gemm_sm80(block_m=16, block_n=64, num_stages=6),

@@ -24,6 +24,7 @@ from instances import ROWS
 PROPERTY = "cuda_cell"
 MATRICES = {
     "test_cuda_kernels.py": ("attention_fwd", "decode", "combine"),
+    "test_cuda_append_kv.py": ("append_kv",),
     "test_cuda_flat.py": ("flat_gemm", "gemv"),
 }
 EXECUTOR = ("late copies", "eager copies", "block order", "2 OS threads")
@@ -53,11 +54,17 @@ FLAT_LINEAR = (
     *("bias", "no bias", "padded rows", "stride 0", "misaligned x", "misaligned weight"),
     *("padded out", "misaligned out", "NaN behind rows", "NaN in x", "NaN in weight"),
 )
+APPEND_KV = (
+    *("dense", "pages", "seqlens int32", "seqlens int64", "no slot", "no page", "no angle"),
+    *("rotary", "rotary by pairs", "rotary in float32"),
+    *("head_dim_v differs", "tokens > 1", "dim > 32"),
+)
 FLAT_GEMM = ("1 split", "2 splits", "7 splits", "empty splits", "same tickets", "any block_m")
 FEATURES = {
     "attention_fwd": (*ATTENTION, *EXECUTOR),
     "decode": (*ATTENTION, *DECODE, *EXECUTOR),
     "combine": (*COMBINE, *EXECUTOR),
+    "append_kv": (*APPEND_KV, *EXECUTOR),
     "flat_gemm": (*FLAT_LINEAR, *FLAT_GEMM, *EXECUTOR),
     "gemv": (*FLAT_LINEAR, *EXECUTOR),
 }
@@ -172,6 +179,28 @@ def _flat_layouts(x, weight, out_row=0, out_offset=0):
         yield "misaligned out"
 
 
+def _append_kv(
+    cache, k, v, seqlens_kv, block_table=None, rotary_cos=None, rotary_interleaved=False, **_
+):
+    slots = cache.shape[1]
+    end = seqlens_kv.long() + k.shape[1]
+    yield f"seqlens {str(seqlens_kv.dtype).removeprefix('torch.')}"
+    yield "dense" if block_table is None else "pages"
+    if (end > (slots if block_table is None else slots * block_table.shape[1])).any():
+        yield "no slot"
+    if block_table is not None and not ((block_table >= 0) & (block_table < len(cache))).all():
+        yield "no page"
+    if rotary_cos is not None:
+        yield "rotary by pairs" if rotary_interleaved else "rotary"
+        if rotary_cos.dtype == torch.float32:
+            yield "rotary in float32"
+        if (end > rotary_cos.shape[0]).any():
+            yield "no angle"
+    yield from (["head_dim_v differs"] if k.shape[3] != v.shape[3] else [])
+    yield from (["tokens > 1"] if k.shape[1] > 1 else [])
+    yield from (["dim > 32"] if k.shape[3] > 32 else [])
+
+
 class Recording(simt.Executor):
     """An executor of one row that tells `record` of every (row name, feature) that it meets."""
 
@@ -255,6 +284,11 @@ class Recording(simt.Executor):
             ]
         )
         return out
+
+    def append_kv(self, k_cache, v_cache, k, v, **arguments):
+        result = super().append_kv(k_cache, v_cache, k, v, **arguments)
+        self.record(_append_kv(k_cache, k, v, **arguments))
+        return result
 
     def merge_states(self, outs, lses):
         out, lse = super().merge_states(outs, lses)

@@ -198,6 +198,40 @@ def decode_paged_without_pages():
     assert (out == 0).all() and (lse == -torch.inf).all() and launched() == []
 
 
+@case("float32", "bfloat16")
+def append_kv(dtype):
+    """Into pages, rotated; a call that has no room is refused and writes nothing."""
+    k, v = torch.randn(2, 2, 3, 2, 40).to(DTYPES[dtype])
+    caches = [torch.full((5, 4, 2, 40), torch.nan, dtype=DTYPES[dtype]) for _ in range(2)]
+    angles = torch.rand(8, 8)
+    arguments = {
+        "seqlens_kv": torch.tensor([0, 5], dtype=INT),
+        "block_table": torch.tensor([[3, 1], [4, 0]]),
+        "rotary_cos": angles.cos(),
+        "rotary_sin": angles.sin(),
+    }
+
+    def run(**changes):
+        on_cpu, put_there = [x.clone() for x in caches], put(*caches)
+        given = arguments | changes
+        there = {name: put(x)[0] for name, x in given.items()}
+        error = None
+        try:
+            assert fi.append_kv(*put_there, *put(k, v), **there) is None
+        except RuntimeError as caught:
+            error = str(caught)
+        else:
+            fi.append_kv(*on_cpu, k, v, **given)
+        for x, y in zip(put_there, on_cpu, strict=True):
+            torch.testing.assert_close(x.memory, y, equal_nan=True)
+        return error
+
+    assert run() is None
+    assert launched() == [f"append_kv_sm80_{dtype}"]
+    assert run(seqlens_kv=torch.tensor([6, 0])).startswith("seqlens_kv: expected values in")
+    assert run(block_table=torch.tensor([[3, 1], [4, 9]])).startswith("block_table: expected pages")
+
+
 @case(1, 7)
 def decode_out(kv_splits):
     q, k, v = make_qkv(*SHAPE)

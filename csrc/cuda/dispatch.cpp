@@ -206,6 +206,20 @@ Status run_combine(const CombineParams& p, ElementType element, const Device& de
        " on compute capability ", device.arch / 10, ".", device.arch % 10);
 }
 
+Status run_append_kv(const CudaAppendKvParams& p, ElementType element, const Device& device,
+                     Stream stream) {
+  for (int i = 0; i < kNumInstances; ++i) {
+    const Instance& row = *kInstances[i];
+    if (std::string("append_kv") != row.kernel || device.arch < row.arch) continue;
+    if (row.element != element) continue;
+    const int64_t warps = p.batch_size * p.seqlen_new * p.num_heads_kv;
+    if (checked_blocks(row, ceil_div(warps, 4)) == 0) return 0;
+    return row.launch(&p, stream);
+  }
+  fail("append_kv: no kernel for ", text_of(element), " on compute capability ", device.arch / 10,
+       ".", device.arch % 10);
+}
+
 CombineParams combine_of(const CudaAttentionParams& p) {
   CombineParams c;
   c.num_states = p.kv_splits;

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "common/params/append_kv_cuda.h"
 #include "common/params/attention_cuda.h"
 #include "cuda/instance.h"
 
@@ -54,6 +55,9 @@ Status run_decode(CudaAttentionParams& p, const DecodePlan& plan, Stream stream)
 
 Status run_combine(const CombineParams& p, ElementType element, const Device& device,
                    Stream stream);
+
+Status run_append_kv(const CudaAppendKvParams& p, ElementType element, const Device& device,
+                     Stream stream);
 
 // The merge of run_decode's partials into p.out and p.lse.
 CombineParams combine_of(const CudaAttentionParams& p);

@@ -67,7 +67,7 @@ Stream current_stream(int index) {
   return stream;
 }
 
-bool wants_value_checks() {
+bool value_checks_are_on() {
   static const bool wanted = [] {
     const char* text = std::getenv("FLASHINFER_LITE_CHECK");
     const std::string value = text ? text : "";
@@ -79,20 +79,10 @@ bool wants_value_checks() {
 }
 
 void check_length_values(const AttentionParams& p, const AttentionArgs& args) {
-  const auto on_host = [](const std::optional<Tensor>& x) -> std::optional<Tensor> {
-    if (!x) return {};
-    return torch::stable::to(*x, torch::stable::Device(DeviceType::CPU));
-  };
   AttentionParams host = p;
   Lengths lengths;
   set_lengths(host, lengths, on_host(args.kv_start), on_host(args.seqlens_kv));
   set_pages(host, lengths, on_host(args.block_table));
-}
-
-void set_view(LengthsView& view, const Tensor& x) {
-  view.data = x.data_ptr();
-  view.is_int64 = x.scalar_type() == ScalarType::Long;
-  view.stride = x.stride(0);
 }
 
 // Why the CUDA half cannot run with the driver that is here; empty if it can. Within a major
@@ -143,16 +133,27 @@ cuda::ElementType cuda_element_type(ScalarType type) {
 void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args) {
   set_params(p, args, DeviceType::CUDA);
   if (!args.kv_start && !args.seqlens_kv && !args.block_table) return;
-  if (args.kv_start) set_view(p.device_kv_start, *args.kv_start);
-  if (args.seqlens_kv) set_view(p.device_seqlens_kv, *args.seqlens_kv);
-  if (args.block_table) {
-    const Tensor& table = *args.block_table;
-    p.device_block_table = {table.data_ptr(), table.scalar_type() == ScalarType::Long,
-                            table.stride(0), table.stride(1)};
-  }
-  if (wants_value_checks() && !is_capturing(current_stream(args.q.get_device_index()))) {
-    check_length_values(p, args);
-  }
+  if (args.kv_start) p.device_kv_start = lengths_view(*args.kv_start);
+  if (args.seqlens_kv) p.device_seqlens_kv = lengths_view(*args.seqlens_kv);
+  if (args.block_table) p.device_block_table = block_table_view(*args.block_table);
+  if (wants_value_checks(args.q)) check_length_values(p, args);
+}
+
+LengthsView lengths_view(const Tensor& x) {
+  return {x.data_ptr(), x.scalar_type() == ScalarType::Long, x.stride(0)};
+}
+
+BlockTableView block_table_view(const Tensor& x) {
+  return {x.data_ptr(), x.scalar_type() == ScalarType::Long, x.stride(0), x.stride(1)};
+}
+
+bool wants_value_checks(const Tensor& x) {
+  return value_checks_are_on() && !is_capturing(current_stream(x.get_device_index()));
+}
+
+std::optional<Tensor> on_host(const std::optional<Tensor>& x) {
+  if (!x) return {};
+  return torch::stable::to(*x, torch::stable::Device(DeviceType::CPU));
 }
 
 bool finish_without_keys(Outputs& outputs, int64_t num_keys) {
@@ -174,6 +175,12 @@ void check_combine(Status status, const CudaContext& context, const CombineParam
   check(status == cudaSuccess, "combine: launch failed: ", error_text(status), " (", p.num_states,
         " states of ", p.batch_size, " * ", p.seqlen_q, " * ", p.num_heads_q, " rows of ",
         p.head_dim_v, ")", launch_way_out(status, context));
+}
+
+void check_append_kv(Status status, const CudaContext& context, const AppendKvParams& p) {
+  check(status == cudaSuccess, "append_kv: launch failed: ", error_text(status), " (", p.batch_size,
+        " * ", p.seqlen_new, " tokens of ", p.num_heads_kv, " heads)",
+        launch_way_out(status, context));
 }
 
 bool is_capturing(Stream stream) {

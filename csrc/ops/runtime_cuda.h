@@ -21,9 +21,7 @@ struct CudaContext {
 
 cuda::ElementType cuda_element_type(ScalarType type);
 
-// set_params, and the lengths as views that only the device reads. Under FLASHINFER_LITE_CHECK=1
-// their values are copied to the host and checked as on the CPU, which waits for the stream; not
-// while a CUDA graph is being captured, where nothing can wait.
+// set_params, and the lengths as views that only the device reads, unless they are to be checked.
 void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args);
 
 // True if no kernel has to run: there are no rows, or none has a key and the outputs are filled.
@@ -33,6 +31,16 @@ bool finish_without_keys(Outputs& outputs, int64_t num_keys);
 void check_launch(Status status, const CudaContext& context, const cuda::Instance& instance,
                   int64_t blocks);
 void check_combine(Status status, const CudaContext& context, const CombineParams& p);
+void check_append_kv(Status status, const CudaContext& context, const AppendKvParams& p);
+
+LengthsView lengths_view(const Tensor& x);
+BlockTableView block_table_view(const Tensor& x);
+
+// Whether to read lengths and pages and check them before a launch on x's device:
+// FLASHINFER_LITE_CHECK=1, unless a CUDA graph is being captured, where nothing can wait.
+bool wants_value_checks(const Tensor& x);
+// A copy in host memory, for that.
+std::optional<Tensor> on_host(const std::optional<Tensor>& x);
 
 // Whether what is launched on the stream goes into a CUDA graph.
 bool is_capturing(Stream stream);

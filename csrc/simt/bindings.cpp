@@ -1,6 +1,5 @@
 // Python's access to the kernels on the executor, by way of the host code that the ops use.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <iterator>
@@ -10,6 +9,7 @@
 
 #include "common/heuristics.h"
 #include "cuda/dispatch.h"
+#include "simt/arguments.h"
 #include "simt/module.h"
 
 namespace flashinfer_lite::simt {
@@ -21,24 +21,7 @@ using cuda::Device;
 using cuda::ElementType;
 using cuda::Instance;
 
-using StridedTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 using MaskTuple = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t, int64_t>;
-using LengthsTuple = std::tuple<uintptr_t, bool, int64_t>;
-
-constexpr const char* kElementNames[] = {"float32", "bfloat16", "float16"};
-
-ElementType element_named(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name == kElementNames[i]) return static_cast<ElementType>(i);
-  }
-  throw std::invalid_argument("expected float32, bfloat16 or float16, got " + name);
-}
-
-template <class Pointer>
-Strided<Pointer> strided(const StridedTuple& x) {
-  const auto& [address, batch, seqlen, head] = x;
-  return {reinterpret_cast<Pointer>(address), batch, seqlen, head};
-}
 
 MaskView mask_view(const MaskTuple& x) {
   const auto& [address, dtype, batch, head, row, col] = x;
@@ -53,21 +36,6 @@ MaskView mask_view(const MaskTuple& x) {
     }
   }
   throw std::invalid_argument("mask: no type is named " + dtype);
-}
-
-LengthsView lengths_view(const LengthsTuple& x) {
-  const auto& [address, is_int64, stride] = x;
-  return {reinterpret_cast<const void*>(address), is_int64, stride};
-}
-
-// (address, is_int64, stride of sequences, stride of pages), and the cache that it is for.
-using TableTuple = std::tuple<uintptr_t, bool, int64_t, int64_t>;
-
-void set_block_table(CudaAttentionParams& p, const TableTuple& x, int64_t num_pages,
-                     int64_t page_size) {
-  const auto& [address, is_int64, batch, page] = x;
-  p.device_block_table = {reinterpret_cast<const void*>(address), is_int64, batch, page};
-  p.block_table = page_table(num_pages, page_size);
 }
 
 py::dict instance_dict(const Instance& row) {
@@ -142,7 +110,7 @@ void bind_attention_params(py::module_& m) {
       .def("set_kv_start", [](P& p, const LengthsTuple& x) { p.device_kv_start = lengths_view(x); })
       .def("set_seqlens_kv",
            [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); })
-      .def("set_block_table", &set_block_table);
+      .def("set_block_table", &set_block_table<P>);
   bind_strided<P, const void*>(c, "q", &P::q);
   bind_strided<P, const void*>(c, "k", &P::k);
   bind_strided<P, const void*>(c, "v", &P::v);

@@ -5,5 +5,6 @@ PYBIND11_MODULE(_simt, m) {
   flashinfer_lite::simt::bind_executor(m);
   flashinfer_lite::simt::bind_kernels(m);
   flashinfer_lite::simt::bind_flat_linear(m);
+  flashinfer_lite::simt::bind_append_kv(m);
   flashinfer_lite::simt::bind_selftests(m);
 }

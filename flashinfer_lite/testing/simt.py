@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from flashinfer_lite import _check
+from flashinfer_lite.testing.simt_append import append_kv
 from flashinfer_lite.testing.simt_flat import FlatLinear
 
 _ROOT = Path(__file__).parents[2]
@@ -134,6 +135,14 @@ class Executor:
         self._run(memory, lambda: self.module.combine(p, NAMES[outs.dtype], self.device))
         return out.clone(), lse.clone()
 
+    def append_kv(self, *tensors, **arguments):
+        """`flashinfer_lite.append_kv` on the executor, but of copies of the caches: -> those."""
+        memory = _Memory(self.module)
+        p, k_cache, v_cache = append_kv(self, memory, *tensors, **arguments)
+        dtype = NAMES[k_cache.dtype]
+        self._run(memory, lambda: self.module.append_kv(p, dtype, self.device))
+        return k_cache.clone(), v_cache.clone()
+
     def flat_linear(
         self,
         x,
@@ -205,13 +214,13 @@ class _Memory:
         """int32 counters at 0, as `cuda_tickets` of csrc/ops gives them to an op."""
         return self.counters("tickets", count, torch.int32)
 
-    def copy_of(self, name, x):
+    def copy_of(self, name, x, writable=False):
         """The same strides and alignment, in memory that ends where x ends."""
         if x is None or x.numel() == 0:
             return x
         span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         lead = x.storage_offset() * x.element_size() % 256 // x.element_size()
-        memory = self.guarded(name, (lead + span) * x.element_size(), x.dtype, False)
+        memory = self.guarded(name, (lead + span) * x.element_size(), x.dtype, writable, True)
         memory[lead:] = torch.as_strided(x.detach(), (span,), (1,))
         return torch.as_strided(memory, x.shape, x.stride(), lead)
 

@@ -29,6 +29,14 @@ struct KvRows {
   __device__ __forceinline__ bool valid(int r) const { return first + r < end; }
 };
 
+// The page that the table has for a sequence's i-th.
+template <class View>
+__device__ __forceinline__ int64_t read_page(const View& view, int batch_idx, int64_t i) {
+  const int64_t at = batch_idx * view.batch + i * view.page;
+  return view.is_int64 ? arch::ldg(static_cast<const int64_t*>(view.data) + at)
+                       : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
+}
+
 // The same of a cache in pages, of which `head` is the first. Table is a PageTable, View says where
 // its entries lie in device memory. Clamped: a wrong page may not lead outside the cache.
 template <class Element, class Table, class View>
@@ -42,10 +50,7 @@ struct PagedRows : KvRows<Element> {
     const int slot = std::min(this->first + r, this->end - 1);  // no page is there for what is not
     const auto page_size = static_cast<int>(table.page_size);
     const int i = table.shift >= 0 ? slot >> table.shift : slot / page_size;
-    const int64_t at = batch_idx * view.batch + i * view.page;
-    const int64_t page = view.is_int64
-                             ? arch::ldg(static_cast<const int64_t*>(view.data) + at)
-                             : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
+    const int64_t page = read_page(view, batch_idx, i);
     const int64_t inside = std::max(std::min(page, table.num_pages - 1), int64_t{0});
     return this->head + inside * page_stride + int64_t{slot - i * page_size} * this->stride;
   }
