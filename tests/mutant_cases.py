@@ -26,6 +26,7 @@ INSTANCES = {
     "attention_fwd": "attention_fwd_sm80_bfloat16_d64",
     "decode": "decode_sm80_bfloat16_d64_s2",
     "combine": "combine_sm80_bfloat16_from_bfloat16",
+    "append_kv": "append_kv_sm80_bfloat16",
     "flat_gemm": "flat_gemm_sm80_bfloat16_m64_s4",
     "gemv": "gemv_sm80_bfloat16_m4",
 }
@@ -408,8 +409,9 @@ def combine_cases():
 
 @functools.cache
 def suite():
-    from mutant_flat import flat_cases  # both are made of what is here
+    from mutant_append import append_cases  # all are made of what is here
+    from mutant_flat import flat_cases
     from mutant_unified import unified_cases
 
     ours = [*attention_cases(), *decode_cases(), *combine_cases()]
-    return [*ours, *unified_cases(), *flat_cases()]
+    return [*ours, *unified_cases(), *append_cases(), *flat_cases()]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-KERNELS = ("attention_fwd", "decode", "combine", "flat_gemm", "gemv")
+KERNELS = ("attention_fwd", "decode", "combine", "append_kv", "flat_gemm", "gemv")
 
 
 @dataclass

@@ -87,7 +87,7 @@ def test_strides(device, executor, row):
 @every_row
 @pytest.mark.parametrize("page_size", [None, 8])
 def test_tokens_without_a_slot_are_not_written(device, executor, row, page_size):
-    for used in (-1, -(2**62), 40, 2**62):
+    for used in (-1, -(2**63), 40, 2**63 - 1):
         cache = Cache(row, (3, used), 2, page_size)
         got = cache.run(executor(row))
         cache.used[1] = 0
