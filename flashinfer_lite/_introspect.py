@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashinfer_lite import _check, _ops, reference
+from flashinfer_lite import _check, _ops, distributed, reference
 from flashinfer_lite.attention import attention, prepare
 from flashinfer_lite.dataflow.choice import explain_choice, report
 from flashinfer_lite.decode import check_decode, decode
@@ -19,7 +19,6 @@ from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
 NOT_LANDED = (
     "dropout_p",
     "alibi_slopes",
-    "process_group",
 )
 
 
@@ -83,7 +82,8 @@ def explain(op, *args, **kwargs) -> Explanation:
 
     Args:
         op: flashinfer_lite.attention, decode or flat_linear, or its name.
-        *args, **kwargs: the op's own arguments, checked as the op would.
+        *args, **kwargs: the op's own arguments, checked as the op would. With process_group what
+            this rank runs on its part of the keys; nothing is asked of the others.
 
     Raises:
         ValueError: if op is another function; and whatever the op itself raises for its arguments.
@@ -103,6 +103,8 @@ def explain(op, *args, **kwargs) -> Explanation:
     bound.apply_defaults()
     given = bound.arguments
     names = list(given)[:3]
+    if given.get("process_group") is not None:
+        distributed.check_group(given["process_group"], given["q"])
     q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
     table = given.get("block_table")

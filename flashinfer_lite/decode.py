@@ -1,8 +1,10 @@
 """Attention of few queries over a KV cache, and merging of attention states."""
 
+import contextlib
+
 import torch
 
-from flashinfer_lite import _check, _ops, _plain, _sink
+from flashinfer_lite import _check, _ops, _plain, _sink, distributed
 from flashinfer_lite.attention import prepare, run_reference
 
 
@@ -54,7 +56,8 @@ def decode(
         out: written in place and returned; [batch, seqlen_q, num_heads_q, head_dim_v] of q's dtype.
         batch_invariant: split by the sequence's own length alone, so that a row's bits depend
             neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
-        process_group: not implemented yet, refused.
+        process_group: a torch.distributed.ProcessGroup whose ranks hold the cache in parts, cut
+            along the sequence: `Sequence parallel`, below.
         causal, window, softmax_scale, softcap, mask, sink, softmax, phi, impl, return_lse, and the
             rest: as in `attention`. causal matters when seqlen_q > 1. With softmax="unified"
             partial states are merged by plain sums, and the guard is asked once per row, after all
@@ -70,6 +73,23 @@ def decode(
         TypeError, ValueError, NotImplementedError: as in `attention`.
 
     On CUDA the limits are those of `attention`.
+
+    Sequence parallel: with process_group every rank of the group makes the same call, with the same
+    q, phi and sink, and with its own part of the keys: k_cache, v_cache, kv_start, seqlens_kv, the
+    columns of mask, kv_splits. The sequence is the slots 0 <= j < seqlens_kv of rank 0, then those
+    of rank 1, and so on; kv_start hides slots and moves none. So causal and window count positions
+    in the whole sequence, as if the parts were concatenated. Where they do not matter (one query
+    and no window) the parts may hold the keys in any order. A part may be empty. Each rank returns
+    the whole result, with the same bits as every other.
+
+    Partial results are rounded to q's dtype once before they are merged. softmax="unified" merges
+    them by one all-reduce and then reads, which waits for the device, whether a row was not safe
+    and is to be merged by (out, lse); it raises while a CUDA graph is captured. With
+    batch_invariant=True or impl="reference" every row is merged by (out, lse). On the CPU ranks
+    first compare their calls, and all raise if one differs or refuses its arguments; on CUDA only
+    under FLASHINFER_LITE_CHECK=1, which also compares the values of q, phi and sink: without it a
+    rank that differs is a wait until the group's timeout, or a wrong result.
+    docs/distributed.md has more.
 
     Example:
         >>> q = torch.randn(2, 1, 8, 64); cache = torch.randn(2, 512, 2, 64)
@@ -93,39 +113,48 @@ def decode(
         plain = _plain.call(_ops.decode, *given, *split, None, None, block_table)
         if plain is not None:
             return plain if return_lse else plain[0]
-    q, k_cache, v_cache = _check.under_autocast(q, k_cache, v_cache)
-    arguments = prepare(
-        q,
-        k_cache,
-        v_cache,
-        causal,
-        window,
-        softmax_scale,
-        softcap,
-        mask,
-        kv_start,
-        seqlens_kv,
-        ("q", "k_cache", "v_cache"),
-        block_table,
-    )
-    phi = _check.unified(softmax, phi, q)
-    _check.sink(sink, q)
-    _check.not_landed(
-        dropout_p,
-        process_group=process_group,
-        alibi_slopes=alibi_slopes,
-    )
-    check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
-    if _check.impl(impl, q):
-        result, lse = run_reference(arguments, sink, block_table)
-    elif out is not None and sink is None:
+    group, refusals = process_group, contextlib.nullcontext()
+    if group is not None:
+        distributed.check_group(group, q)
+        refusals = distributed.refusals_told(group, q)
+    with refusals:
+        q, k_cache, v_cache = _check.under_autocast(q, k_cache, v_cache)
+        arguments = prepare(
+            q,
+            k_cache,
+            v_cache,
+            causal,
+            window,
+            softmax_scale,
+            softcap,
+            mask,
+            kv_start,
+            seqlens_kv,
+            ("q", "k_cache", "v_cache"),
+            block_table,
+        )
+        phi = _check.unified(softmax, phi, q)
+        _check.sink(sink, q)
+        _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
+        check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
+        as_reference = _check.impl(impl, q)
+        if group is not None:
+            distributed.check_call(arguments, phi)
+    if group is not None:
+        distributed.agree(group, arguments, phi, sink, batch_invariant, as_reference)
+        arguments = distributed.on_this_rank(group, arguments)
+    if as_reference:
+        result, lse = run_reference(arguments, None if group else sink, block_table)
+    elif out is not None and sink is group is None:
         result = out
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
         _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi, block_table)
     else:
         result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi, block_table)
-        if sink is not None:
-            result, lse = _sink.fold(result, lse, sink, return_lse)
+    if group is not None:
+        result, lse = distributed.merge(group, result, lse, phi, batch_invariant, as_reference)
+    if sink is not None and not (as_reference and group is None):
+        result, lse = _sink.fold(result, lse, sink, return_lse)
     if out is not None and result is not out:
         result = out.copy_(result)
     return (result, lse) if return_lse else result

@@ -194,7 +194,7 @@ DECODE = [
     ("kv_splits", 5000, ValueError, "expected 0 .*4096, got 5000"),
     ("kv_splits", 1.0, TypeError, "expected an integer, got 1.0"),
     ("kv_splits", True, TypeError, "expected an integer, got True"),
-    ("process_group", object(), NotImplementedError, ""),
+    ("process_group", object(), TypeError, "expected a torch.distributed.ProcessGroup .* got <obj"),
     ("out", 1, TypeError, "expected a torch.Tensor, got int"),
     ("out", torch.zeros(2, 3, 4, 24), ValueError, r"expected shape \[2, 3, 4, 16\], got"),
     ("out", torch.zeros(3, 4, 16), ValueError, "expected shape"),

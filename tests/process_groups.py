@@ -1,0 +1,101 @@
+"""Processes of a torch.distributed group (gloo, on the CPU) that run cases together.
+
+The test starts them once and names a case to all; each answers how it failed there. A case that
+fails on one process leaves the others waiting for it, so all of them are then replaced.
+"""
+
+import functools
+import multiprocessing
+import os
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+CASES = {}
+TIMEOUT_S = 60  # of a case that takes less than a second
+
+_SERVER = multiprocessing.get_context("forkserver")  # it imports torch once, for all processes
+
+
+def case(*variants):
+    """Makes a function a case, or one for each variant, which it then takes first."""
+
+    def add(function):
+        for variant in variants:
+            CASES[f"{function.__name__}[{variant}]"] = functools.partial(function, variant)
+        if not variants:
+            CASES[function.__name__] = function
+        return function
+
+    return add
+
+
+class Processes:
+    """`count` processes that know the cases of a module."""
+
+    def __init__(self, count, module, folder):
+        self.count, self.module, self.folder = count, module, folder
+        self.processes, self.pipes, self.starts = [], [], 0
+
+    def start(self):
+        meeting = self.folder / f"meeting{self.count}_{self.starts}"
+        self.starts += 1
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+        with mock.patch.dict(os.environ, environment):
+            os.environ.pop("FLASHINFER_LITE_CHECK", None)
+            _SERVER.set_forkserver_preload([self.module])
+            for rank in range(self.count):
+                ours, theirs = _SERVER.Pipe()
+                arguments = self.module, rank, self.count, f"file://{meeting}", theirs
+                process = _SERVER.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self.processes.append(process)
+                self.pipes.append(ours)
+
+    def run(self, name):
+        """How the case failed, by rank; "" if it did not."""
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send(name)
+        failures = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                answer = pipe.recv() if pipe.poll(2 * TIMEOUT_S) else "no answer"
+            except EOFError:
+                answer = "it died"
+            if answer:
+                failures.append(f"rank {rank}: {answer}")
+        if failures:
+            self.stop()
+        return "\n".join(failures)
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(module, rank, count, meeting, pipe):
+    """Receives names of cases; answers each by how it failed, "" if it did not."""
+    __import__(module)
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=timeout
+    )
+    while True:
+        name = pipe.recv()
+        torch.manual_seed(0)  # the same numbers on every rank
+        try:
+            CASES[name]()
+            pipe.send("")
+        except Exception:
+            pipe.send(traceback.format_exc())
