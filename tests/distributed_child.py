@@ -89,7 +89,6 @@ def features(seqlen_q, keys):
         "window_left": {"window": (keys // 2, -1)},
         "window_right": {"window": (-1, 1)},
         "window_causal": {"window": (9, -1), "causal": True},
-        "window_endless": {"window": (2**63 - 1, 2**63 - 1)},
         "window_top_left": {"window": (2, 1), "causal": "top_left"},
         "softcap": {"softcap": 1.5, "softmax_scale": 0.3},
         "seqlens": {"seqlens_kv": torch.tensor([keys, 0, keys // 4]), "causal": True},
@@ -130,6 +129,14 @@ def gathers_lengths_only_where_positions_count():
         assert merges == (0, 1 + lengths), options
         _, merges = counted(lambda: decode(q[:, :1], k, v, **local))  # noqa: B023
         assert merges == (0, 1 + (options == {"window": (5, 0)})), options
+
+
+@case()
+def a_window_beyond_everything():
+    q, k, v = make_qkv(2, 3, 20, 4, 2, 16)
+    end = 2**63 - 1
+    assert_same_bits(sharded(q, k, v, window=(end, end)), sharded(q, k, v))
+    assert_same_bits(sharded(q, k, v, window=(end, 0)), sharded(q, k, v, causal=True))
 
 
 @case(*DTYPES)
