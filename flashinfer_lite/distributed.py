@@ -215,8 +215,7 @@ def _merge_by_sums(group, out, lse, phi):
     numerators, (denominator, overflows, alive) = sums[..., :-3], sums[..., -3:].unbind(-1)
     merged = (numerators / denominator.unsqueeze(-1)).to(out.dtype)
     # Above 1 no weight is smaller than in a merge by the largest lse, so nothing more vanishes.
-    good = (overflows == 0) & (denominator > 1) & (denominator < torch.inf)
-    good &= numerators.isfinite().all(-1) & merged.isfinite().all(-1)
+    good = (overflows == 0) & (denominator > 1) & merged.isfinite().all(-1)
     dead = alive == 0
     merged = merged.masked_fill(dead.unsqueeze(-1), 0.0)
     merged_lse = base + denominator.log().transpose(1, 2)

@@ -227,7 +227,7 @@ def unified_row_violated_on_one_rank(variant):
     if size == "nan":
         mask[1, 3, 2, last + 1] = math.nan
     elif size == "large":  # finite scores and values, whose product with exp(lse - phi) is not
-        v[1, last + 1, 1] = torch.finfo(v.dtype).max / 2
+        v[1, last + 1, 1, 5] = torch.finfo(v.dtype).max / 2
         mask[1, 2:, :, last + 1] = -INF
         mask[1, 3, 2] = 30.0
     else:
