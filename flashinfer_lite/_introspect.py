@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashinfer_lite import _check, _ops, distributed, reference
+from flashinfer_lite import _check, _dtensor, _ops, distributed, reference
 from flashinfer_lite.attention import attention, prepare
 from flashinfer_lite.dataflow.choice import explain_choice, report
 from flashinfer_lite.decode import check_decode, decode
@@ -105,6 +105,8 @@ def explain(op, *args, **kwargs) -> Explanation:
     names = list(given)[:3]
     if given.get("process_group") is not None:
         distributed.check_group(given["process_group"], given["q"])
+    if _dtensor.given(*(given[n] for n in names)):
+        raise TypeError("q: expected a torch.Tensor to explain, got a DTensor; see its to_local()")
     q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
     table = given.get("block_table")

@@ -1,8 +1,10 @@
 """Attention over dense batches, forward and backward."""
 
+import functools
+
 import torch
 
-from flashinfer_lite import _check, _ops, _plain, _sink, reference
+from flashinfer_lite import _check, _dtensor, _ops, _plain, _sink, reference
 
 
 def attention(
@@ -114,16 +116,30 @@ def attention(
             return plain if return_lse else plain[0]
     q, k, v = _check.under_autocast(q, k, v)
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
-    phi = _check.unified(softmax, phi, q)
+    phi_of_op = _check.unified(softmax, phi, q)
     _check.sink(sink, q)
     _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
-    if _check.impl(impl, q):
+    as_reference = _check.impl(impl, q)
+    tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True)) | {"sink": sink}
+    if not as_reference:
+        _check.no_cuda_backward(*arguments[:4])
+        _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
+    others = {"kv_start": kv_start, "seqlens_kv": seqlens_kv, "phi": phi}
+    if _dtensor.given(*tensors.values(), *others.values()):
+        op = functools.partial(
+            attention,
+            causal=causal,
+            window=window,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            softmax=softmax,
+            impl=impl,
+        )
+        out, lse = _dtensor.call(op, **tensors, **others)
+    elif as_reference:
         out, lse = run_reference(arguments, sink)
     else:
-        _check.no_cuda_backward(*arguments[:4])
-        tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True))
-        _check.no_forward_ad("attention", "; impl='reference' has", **tensors, sink=sink)
-        out, lse = _ops.attention_fwd(*arguments, *phi)
+        out, lse = _ops.attention_fwd(*arguments, *phi_of_op)
         if sink is not None:
             out, lse = _sink.fold(out, lse, sink, return_lse)
     return (out, lse) if return_lse else out

@@ -1,11 +1,24 @@
 """Attention of few queries over a KV cache, and merging of attention states."""
 
 import contextlib
+import functools
 
 import torch
 
-from flashinfer_lite import _check, _ops, _plain, _sink, distributed
+from flashinfer_lite import _check, _dtensor, _ops, _plain, _sink, distributed
 from flashinfer_lite.attention import prepare, run_reference
+
+_TENSORS = (
+    "q",
+    "k_cache",
+    "v_cache",
+    "mask",
+    "kv_start",
+    "seqlens_kv",
+    "sink",
+    "phi",
+    "block_table",
+)
 
 
 def decode(
@@ -133,31 +146,64 @@ def decode(
             ("q", "k_cache", "v_cache"),
             block_table,
         )
-        phi = _check.unified(softmax, phi, q)
+        phi_of_op = _check.unified(softmax, phi, q)
         _check.sink(sink, q)
         _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
         check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
         as_reference = _check.impl(impl, q)
+        tensors = dict(zip(_TENSORS, (*arguments[:6], sink, phi, block_table), strict=True))
+        on_mesh = _on_mesh(out, group, *tensors.values())
         if group is not None:
-            distributed.check_call(arguments, phi)
-    if group is not None:
-        distributed.agree(group, arguments, phi, sink, batch_invariant, as_reference)
-        arguments = distributed.on_this_rank(group, arguments)
-    if as_reference:
-        result, lse = run_reference(arguments, None if group else sink, block_table)
-    elif out is not None and sink is group is None:
-        result = out
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
-        _ops.decode_out(*arguments, kv_splits, batch_invariant, out, lse, *phi, block_table)
+            distributed.check_call(arguments, phi_of_op)
+    rest = kv_splits, batch_invariant, *phi_of_op, block_table
+    run = functools.partial(_run, rest, as_reference)
+    if on_mesh:
+        op = functools.partial(
+            decode,
+            causal=causal,
+            window=window,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            softmax=softmax,
+            kv_splits=kv_splits,
+            batch_invariant=batch_invariant,
+            impl=impl,
+        )
+        result, lse = _dtensor.call(op, **tensors)
+    elif group is not None:
+        how = phi_of_op, batch_invariant, as_reference
+        result, lse = distributed.decode(group, run, arguments, sink, *how)
     else:
-        result, lse = _ops.decode(*arguments, kv_splits, batch_invariant, *phi, block_table)
-    if group is not None:
-        result, lse = distributed.merge(group, result, lse, phi, batch_invariant, as_reference)
-    if sink is not None and not (as_reference and group is None):
-        result, lse = _sink.fold(result, lse, sink, return_lse)
+        result, lse = run(arguments, sink, return_lse, out)
     if out is not None and result is not out:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
+
+
+def _run(rest, as_reference, arguments, sink, wants_lse=True, out=None):
+    """(out, lse), written to `out` where that is no detour."""
+    if as_reference:
+        return run_reference(arguments, sink, rest[-1])
+    if out is not None and sink is None:
+        q = arguments[0]
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
+        _ops.decode_out(*arguments, *rest[:2], out, lse, *rest[2:])
+        return out, lse
+    result = _ops.decode(*arguments, *rest)
+    return result if sink is None else _sink.fold(*result, sink, wants_lse)
+
+
+def _on_mesh(out, group, *tensors):
+    """Whether the tensors are DTensors."""
+    on_mesh = _dtensor.given(*tensors)
+    if out is not None and _dtensor.given(out) != on_mesh:
+        kinds = ["a torch.Tensor", "a DTensor"]
+        raise TypeError(f"out: expected {kinds[on_mesh]}, as q is one, got {kinds[not on_mesh]}")
+    if on_mesh and group is not None:
+        raise ValueError(
+            "process_group: expected None with DTensors, got one; see DTensor.to_local"
+        )
+    return on_mesh
 
 
 def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out):

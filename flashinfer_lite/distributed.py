@@ -16,7 +16,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from flashinfer_lite import _ops, reference
+from flashinfer_lite import _ops, _sink, reference
 
 # exp(lse - phi) below it fits float32 with room for the sum over the ranks. A row that the guard of
 # the kernels lets through is: its maximum is below phi + 44, its keys fewer than 2^30.
@@ -57,7 +57,7 @@ def _compares_values():
 
 @contextlib.contextmanager
 def refusals_told(group, q):
-    """Tell the other ranks of an error raised in here: they wait for this one in `agree`."""
+    """Tell the other ranks of an error raised in here: they wait for this one in `decode`."""
     try:
         yield
     except Exception as error:
@@ -66,7 +66,15 @@ def refusals_told(group, q):
         raise
 
 
-def agree(group, arguments, phi, sink, batch_invariant, as_reference):
+def decode(group, run, arguments, sink, phi, batch_invariant, as_reference):
+    """(out, lse) over all ranks' keys; run(arguments, sink) is those of this rank's."""
+    _agree(group, arguments, phi, sink, batch_invariant, as_reference)
+    state = run(_on_this_rank(group, arguments), None)
+    state = _merge(group, *state, phi, batch_invariant, as_reference)
+    return state if sink is None else _sink.fold(*state, sink)
+
+
+def _agree(group, arguments, phi, sink, batch_invariant, as_reference):
     """Fail on every rank alike if the ranks do not make the same call."""
     q, k_cache, v_cache, _, _, _, softmax_scale, softcap, causal, *window = arguments
     if not _wants_checks(q):
@@ -143,7 +151,7 @@ def check_call(arguments, phi):
             )
 
 
-def on_this_rank(group, arguments):
+def _on_this_rank(group, arguments):
     """The prepared arguments for this rank's keys alone: causal and window, which count positions
     in the whole sequence, become bounds of the lengths and, for more than one query, a mask."""
     q, k_cache, v_cache, mask, kv_start, seqlens_kv, scale, softcap, causal, left, right = arguments
@@ -187,7 +195,7 @@ def _also(mask, visible):
     return visible & mask if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)
 
 
-def merge(group, out, lse, phi, batch_invariant, as_reference):
+def _merge(group, out, lse, phi, batch_invariant, as_reference):
     """The state of every row over all ranks' keys, the same bits on each rank."""
     merge_states = reference.merge_states if as_reference else _ops.merge_states
     if lse.numel() == 0:

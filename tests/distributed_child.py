@@ -8,12 +8,11 @@ import functools
 import itertools
 import math
 import os
-import re
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from process_groups import case
+from process_groups import case, raises
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashinfer_lite import decode, explain, reference
@@ -324,23 +323,6 @@ def groups_side_by_side():
         decode(q, k, v, process_group=groups[1 - which])
 
 
-class raises:
-    """pytest.raises, which a process without pytest's rewriting has no need of."""
-
-    def __init__(self, error, message):
-        self.error, self.message = error, message
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        assert kind is not None, f"nothing was raised, expected {self.error.__name__}"
-        matches = kind is self.error and re.search(self.message, str(error))
-        assert matches, f"got {kind.__name__}: {error}, expected {self.message}"
-        return True
-
-
-WIDE = torch.zeros(2, 3, 4, 24)
 # What the last rank does differently, and the message on every rank.
 DISAGREEMENTS = {
     "batch": (

@@ -7,6 +7,7 @@ fails on one process leaves the others waiting for it, so all of them are then r
 import functools
 import multiprocessing
 import os
+import re
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-CASES = {}
+CASES = {}  # by module
 TIMEOUT_S = 60  # of a case that takes less than a second
 
 _SERVER = multiprocessing.get_context("forkserver")  # it imports torch once, for all processes
@@ -25,13 +26,30 @@ def case(*variants):
     """Makes a function a case, or one for each variant, which it then takes first."""
 
     def add(function):
+        cases = CASES.setdefault(function.__module__, {})
         for variant in variants:
-            CASES[f"{function.__name__}[{variant}]"] = functools.partial(function, variant)
+            cases[f"{function.__name__}[{variant}]"] = functools.partial(function, variant)
         if not variants:
-            CASES[function.__name__] = function
+            cases[function.__name__] = function
         return function
 
     return add
+
+
+class raises:
+    """A context that ends in this error; pytest's own is for processes of pytest."""
+
+    def __init__(self, error, message):
+        self.error, self.message = error, message
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        assert kind is not None, f"nothing was raised, expected {self.error.__name__}"
+        matches = issubclass(kind, self.error) and re.search(self.message, str(error))
+        assert matches, f"got {kind.__name__}: {error}, expected {self.message}"
+        return True
 
 
 class Processes:
@@ -95,7 +113,7 @@ def _serve(module, rank, count, meeting, pipe):
         name = pipe.recv()
         torch.manual_seed(0)  # the same numbers on every rank
         try:
-            CASES[name]()
+            CASES[module][name]()
             pipe.send("")
         except Exception:
             pipe.send(traceback.format_exc())
