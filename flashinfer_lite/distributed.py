@@ -12,6 +12,7 @@ docs/distributed.md has the reasons.
 
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ def is_unified(phi):
 
 def check_group(group, q):
     """Whether these processes can talk about q."""
+    if torch.compiler.is_compiling():  # without fullgraph=True this breaks the graph, no more
+        raise NotImplementedError("process_group: expected None inside a compiled graph, got one")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             "process_group: expected a torch.distributed.ProcessGroup that this process belongs "
@@ -66,7 +69,13 @@ def refusals_told(group, q):
         raise
 
 
-def decode(group, run, arguments, sink, phi, batch_invariant, as_reference):
+def decode(*arguments):
+    """`_decode`, of which a graph break makes no graphs."""
+    disabled = "torch._dynamo" in sys.modules  # which is slow to load
+    return (torch.compiler.disable(_decode) if disabled else _decode)(*arguments)
+
+
+def _decode(group, run, arguments, sink, phi, batch_invariant, as_reference):
     """(out, lse) over all ranks' keys; run(arguments, sink) is those of this rank's."""
     _agree(group, arguments, phi, sink, batch_invariant, as_reference)
     state = run(_on_this_rank(group, arguments), None)

@@ -460,3 +460,18 @@ def explained():
     for part in (slice(0, 700), slice(0, 0)):
         tensors = q, k[:, part], v[:, part]
         assert explain(decode, *tensors, process_group=world()) == explain(decode, *tensors)
+
+
+@case()
+def compiled():
+    """It breaks the graph, and is refused where that may not be."""
+    q, k, v = make_qkv(2, 1, 40, 4, 2, 16)
+
+    def step(q, k, v):
+        return decode(q + 1, k, v, process_group=world(), phi=-3.0) * 2
+
+    got = torch.compile(step, backend="aot_eager")(q, k, v)
+    assert_same_bits(got, step(q, k, v))
+    torch._dynamo.reset()
+    with raises(torch._dynamo.exc.Unsupported, "exception"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(q, k, v)

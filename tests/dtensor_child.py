@@ -356,3 +356,20 @@ def a_process_outside_of_the_mesh():
         return
     with raises(RuntimeError, "^q: expected a mesh that this process belongs to"):
         attention(*tensors)
+
+
+@case()
+def compiled():
+    leaves = [on_mesh(x, HEADS).requires_grad_() for x in inputs(4)]
+
+    def forward(q, k, v):
+        return attention(q, k, v, causal=True)
+
+    def run(forward):
+        out = forward(*leaves)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    step = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    for x, y in zip(run(step), run(forward), strict=True):
+        assert x.placements == (Shard(2),)
+        assert_same_bits(x.to_local(), y.to_local())
