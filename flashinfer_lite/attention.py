@@ -91,6 +91,10 @@ def attention(
             (the backward has no CUDA kernel yet), and for tensors that carry a tangent of
             forward-mode AD, which impl="reference" has.
 
+    DTensors sharded along batch and heads give DTensors, forward and backward, and nothing is
+    communicated; all tensors must then be DTensors. docs/distributed.md tells what is done with
+    other placements.
+
     Limits on CUDA: compute capability 8.0 or higher, no float64, no gradients, and less than 2^30
     keys and less than 2^30 rows (queries times the heads of a group) per KV head. A device or a
     size beyond them is a RuntimeError.

@@ -85,7 +85,7 @@ def decode(
             `attention`.
         TypeError, ValueError, NotImplementedError: as in `attention`.
 
-    On CUDA the limits are those of `attention`.
+    On CUDA the limits are those of `attention`, and DTensors are taken as there.
 
     Sequence parallel: with process_group every rank of the group makes the same call, with the same
     q, phi and sink, and with its own part of the keys: k_cache, v_cache, kv_start, seqlens_kv, the

@@ -1,28 +1,23 @@
 """decode over a cache cut along the sequence, by two and by four processes (gloo, on the CPU).
 
-The cases are in distributed_child.py.
+The cases are in distributed_child.py and distributed_errors_child.py.
 """
 
 import distributed_child
+import distributed_errors_child
 import process_groups
 import pytest
+
+MODULES = [module.__name__ for module in (distributed_child, distributed_errors_child)]
+RUNS = process_groups.runs(MODULES, ("float64", "bfloat16", "float16", "compiled"))
 
 pytestmark = pytest.mark.cpu_only("gloo's processes are on the CPU")
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meetings")
-    groups = {n: process_groups.Processes(n, distributed_child.__name__, folder) for n in (2, 4)}
-    yield groups
-    for group in groups.values():
-        group.stop()
-
-
-# Two processes run all cases, four those in one dtype: on a small machine they take turns.
-OTHER_DTYPES = ("float64", "bfloat16", "float16")
-RUNS = [(2, case) for case in process_groups.CASES["distributed_child"]]
-RUNS += [(4, case) for _, case in RUNS if not any(dtype in case for dtype in OTHER_DTYPES)]
+    with process_groups.started(MODULES, tmp_path_factory.mktemp("meetings")) as by_count:
+        yield by_count
 
 
 @pytest.mark.parametrize("count, case", RUNS)

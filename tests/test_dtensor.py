@@ -7,19 +7,16 @@ import dtensor_child
 import process_groups
 import pytest
 
+MODULES = [dtensor_child.__name__]
+RUNS = process_groups.runs(MODULES, ("decode-", "compiled"))
+
 pytestmark = pytest.mark.cpu_only("gloo's processes are on the CPU")
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meetings")
-    groups = {n: process_groups.Processes(n, dtensor_child.__name__, folder) for n in (2, 4)}
-    yield groups
-    for group in groups.values():
-        group.stop()
-
-
-RUNS = [(count, case) for case in process_groups.CASES["dtensor_child"] for count in (2, 4)]
+    with process_groups.started(MODULES, tmp_path_factory.mktemp("meetings")) as by_count:
+        yield by_count
 
 
 @pytest.mark.parametrize("count, case", RUNS)
