@@ -88,12 +88,12 @@ def decode(
     On CUDA the limits are those of `attention`, and DTensors are taken as there.
 
     Sequence parallel: with process_group every rank of the group makes the same call, with the same
-    q, phi and sink, and with its own part of the keys: k_cache, v_cache, kv_start, seqlens_kv, the
-    columns of mask, kv_splits. The sequence is the slots 0 <= j < seqlens_kv of rank 0, then those
-    of rank 1, and so on; kv_start hides slots and moves none. So causal and window count positions
-    in the whole sequence, as if the parts were concatenated. Where they do not matter (one query
-    and no window) the parts may hold the keys in any order. A part may be empty. Each rank returns
-    the whole result, with the same bits as every other.
+    q, phi and sink, and with its own part of the keys: k_cache, v_cache, block_table, kv_start,
+    seqlens_kv, kv_splits and the columns of mask. The sequence is the slots 0 <= j < seqlens_kv of
+    rank 0, then those of rank 1, and so on; kv_start hides slots and moves none. So causal and
+    window count positions in the whole sequence, as if the parts were concatenated. Where they do
+    not matter (one query and no window) the parts may hold the keys in any order. A part may be
+    empty. Each rank returns the whole result, with the same bits as every other.
 
     Partial results are rounded to q's dtype once before they are merged. softmax="unified" merges
     them by one all-reduce and then reads, which waits for the device, whether a row was not safe
@@ -154,7 +154,7 @@ def decode(
         tensors = dict(zip(_TENSORS, (*arguments[:6], sink, phi, block_table), strict=True))
         on_mesh = _on_mesh(out, group, *tensors.values())
         if group is not None:
-            distributed.check_call(arguments, phi_of_op)
+            distributed.check_call(arguments, block_table, phi_of_op)
     rest = kv_splits, batch_invariant, *phi_of_op, block_table
     run = functools.partial(_run, rest, as_reference)
     if on_mesh:
@@ -172,7 +172,7 @@ def decode(
         result, lse = _dtensor.call(op, **tensors)
     elif group is not None:
         how = phi_of_op, batch_invariant, as_reference
-        result, lse = distributed.decode(group, run, arguments, sink, *how)
+        result, lse = distributed.decode(group, run, arguments, block_table, sink, *how)
     else:
         result, lse = run(arguments, sink, return_lse, out)
     if out is not None and result is not out:

@@ -75,15 +75,22 @@ def decode(*arguments):
     return (torch.compiler.disable(_decode) if disabled else _decode)(*arguments)
 
 
-def _decode(group, run, arguments, sink, phi, batch_invariant, as_reference):
+def _decode(group, run, arguments, block_table, sink, phi, batch_invariant, as_reference):
     """(out, lse) over all ranks' keys; run(arguments, sink) is those of this rank's."""
-    _agree(group, arguments, phi, sink, batch_invariant, as_reference)
-    state = run(_on_this_rank(group, arguments), None)
+    q = arguments[0]
+    _agree(group, arguments, block_table, phi, sink, batch_invariant, as_reference)
+    here = _on_this_rank(group, arguments, block_table)
+    if block_table is not None and _wants_checks(q):
+        with refusals_told(group, q):  # only the op knows which pages it reads
+            state = run(here, None)
+        _raise_what_is_told(_gather_objects(group, None))
+    else:
+        state = run(here, None)
     state = _merge(group, *state, phi, batch_invariant, as_reference)
     return state if sink is None else _sink.fold(*state, sink)
 
 
-def _agree(group, arguments, phi, sink, batch_invariant, as_reference):
+def _agree(group, arguments, block_table, phi, sink, batch_invariant, as_reference):
     """Fail on every rank alike if the ranks do not make the same call."""
     q, k_cache, v_cache, _, _, _, softmax_scale, softcap, causal, *window = arguments
     if not _wants_checks(q):
@@ -102,6 +109,7 @@ def _agree(group, arguments, phi, sink, batch_invariant, as_reference):
         ("softmax", "value", "unified" if is_unified(phi) else "online"),
         ("phi", "value", number if heads is None else "a tensor"),
         ("sink", "value", None if sink is None else "a tensor"),
+        ("block_table", "value", None if block_table is None else "a tensor"),
         ("batch_invariant", "value", bool(batch_invariant)),
         ("impl", "value", "reference" if as_reference else "a kernel"),
     ]
@@ -109,11 +117,7 @@ def _agree(group, arguments, phi, sink, batch_invariant, as_reference):
         for name, x in (("q", q), ("phi", heads), ("sink", sink)):
             call.append((name, "values", None if x is None else f"those of sum {_checksum(x)}"))
     calls = _gather_objects(group, call)
-    for rank, other in enumerate(calls):
-        if isinstance(other, str):
-            raise RuntimeError(
-                f"process_group: expected a valid call on every rank, got on rank {rank} {other}"
-            )
+    _raise_what_is_told(calls)
     for rank, other in enumerate(calls):
         for (name, what, first), (*_, value) in zip(calls[0], other, strict=False):
             if value != first:
@@ -121,6 +125,15 @@ def _agree(group, arguments, phi, sink, batch_invariant, as_reference):
                     f"{name}: expected the same {what} on every rank of process_group, got "
                     f"{first} on rank 0 and {value} on rank {rank}"
                 )
+
+
+def _raise_what_is_told(gathered):
+    """Raise the error of another rank, of `refusals_told`."""
+    for rank, other in enumerate(gathered):
+        if isinstance(other, str):
+            raise RuntimeError(
+                f"process_group: expected a valid call on every rank, got on rank {rank} {other}"
+            )
 
 
 def _gather_objects(group, mine):
@@ -135,7 +148,7 @@ def _checksum(x):
     return int((bits * torch.arange(1, len(bits) + 1, device=x.device)).sum())
 
 
-def check_call(arguments, phi):
+def check_call(arguments, block_table, phi):
     """Check on this rank what without a group the ops check, and what no op can."""
     q, k_cache, _, _, kv_start, seqlens_kv = arguments[:6]
     if is_unified(phi) and q.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -146,7 +159,7 @@ def check_call(arguments, phi):
     if q.device.type != "cpu" or kv_start is seqlens_kv is None:
         return
     # Before another rank counts on this one's lengths.
-    capacity, batch_size = k_cache.shape[1], len(q)
+    capacity, batch_size = _capacity(k_cache, block_table), len(q)
     ends = [capacity] * batch_size if seqlens_kv is None else seqlens_kv.tolist()
     starts = [0] * batch_size if kv_start is None else kv_start.tolist()
     for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -160,11 +173,15 @@ def check_call(arguments, phi):
             )
 
 
-def _on_this_rank(group, arguments):
+def _capacity(k_cache, block_table):
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def _on_this_rank(group, arguments, block_table):
     """The prepared arguments for this rank's keys alone: causal and window, which count positions
     in the whole sequence, become bounds of the lengths and, for more than one query, a mask."""
     q, k_cache, v_cache, mask, kv_start, seqlens_kv, scale, softcap, causal, left, right = arguments
-    seqlen_q, capacity = q.shape[1], k_cache.shape[1]
+    seqlen_q, capacity = q.shape[1], _capacity(k_cache, block_table)
     if causal:
         right = 0
     left, right = min(left, FARTHEST), min(right, FARTHEST)

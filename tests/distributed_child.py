@@ -38,7 +38,23 @@ def cuts(keys, count):
     return [0, *(int(share * keys) for share in shares)]
 
 
-def sharded(q, k, v, *, mask=None, kv_start=None, seqlens_kv=None, group=None, **options):
+def in_pages(caches, page_size):
+    """The caches in pages that lie in another order, and the table of them."""
+    pages = -(-caches[0].shape[1] // page_size)
+    table = torch.randperm(len(caches[0]) * pages).view(-1, pages)
+    paged = []
+    for cache in caches:
+        spare = pages * page_size - cache.shape[1]
+        slots = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, spare), value=math.nan)
+        place = torch.empty_like(table.flatten())
+        place[table.flatten()] = torch.arange(table.numel())
+        paged.append(slots.unflatten(1, (pages, page_size)).flatten(0, 1)[place])
+    return paged, table
+
+
+def sharded(
+    q, k, v, *, mask=None, kv_start=None, seqlens_kv=None, group=None, page_size=None, **options
+):
     """decode of the whole cache by the ranks, each with its part and with room for more."""
     group = group or world()
     at = cuts(k.shape[1], dist.get_world_size(group))
@@ -55,6 +71,11 @@ def sharded(q, k, v, *, mask=None, kv_start=None, seqlens_kv=None, group=None, *
         if mask.shape[-1] > 1:
             mask = torch.nn.functional.pad(mask[..., begin:end], (0, spare), value=True)
         options["mask"] = mask
+    if page_size:
+        part, options["block_table"] = in_pages(part, page_size)
+        if options.get("mask") is not None and mask.shape[-1] > 1:
+            more = options["block_table"].shape[1] * page_size - mask.shape[-1]
+            options["mask"] = torch.nn.functional.pad(mask, (0, more), value=True)
     result = decode(q, *part, seqlens_kv=used, process_group=group, **options)
     same_on_all_ranks(result if isinstance(result, tuple) else [result], group)
     return result
@@ -110,6 +131,21 @@ def feature(variant):
         options = features(seqlen_q, keys)[name]
         check_forward(sharded, q, k, v, **options)
     check_forward(functools.partial(sharded, kv_splits=3), q, k, v, **options)
+
+
+@case(*(f"{name}-{dtype}" for dtype in ("float32", "bfloat16") for name in features(1, 1)))
+def feature_in_pages(variant):
+    name, dtype = variant.split("-")
+    q, k, v = make_qkv(3, 3, 50, 4, 2, 40, 24, dtype=DTYPES[dtype])
+    options = features(3, 50)[name]
+    for softmax in ("online", "unified"):
+        run = functools.partial(sharded, softmax=softmax)
+        out, lse = check_forward(functools.partial(run, page_size=7), q, k, v, **options)
+        for x, y in zip(run(q, k, v, **options, return_lse=True), (out, lse), strict=True):
+            assert_same_bits(x, y)
+    if dtype == "float32":
+        run = functools.partial(sharded, page_size=7, impl="reference")
+        check_forward(run, q, k, v, **options)
 
 
 @case()

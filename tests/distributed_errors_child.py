@@ -84,7 +84,7 @@ def other_values_are_found_on_demand():
 REFUSALS = {
     "window": ({"window": 5}, ValueError, r"^window: expected \(left, right\)"),
     "q": ({"q": [1.0]}, TypeError, "^q: expected a torch.Tensor, got list"),
-    "block_table": ({"block_table": torch.zeros(2, 1)}, NotImplementedError, "^block_table: "),
+    "block_table": ({"block_table": torch.zeros(2, 1)}, TypeError, "^block_table: expected dtype"),
     "grad": ({"sink": torch.ones(4).requires_grad_()}, RuntimeError, "^sink: decode is for inf"),
     "out": ({"out": torch.zeros(1)}, ValueError, "^out: expected shape"),
     "seqlens": (
@@ -141,3 +141,18 @@ def a_graph_cannot_capture_the_unified_merge():
         on_gpu = [torch.empty_like(mode.from_tensor(t), device="cuda") for t in (q, k, v)]
         with raises(RuntimeError, "^softmax: expected 'online' with process_group while a CUDA gr"):
             decode(*on_gpu, phi=0.0, process_group=world(), impl="reference")
+
+
+@case()
+def a_page_out_of_range():
+    """The op finds it, when the others are already past their checks."""
+    table, last = torch.tensor([[0, 1], [1, 0]]), dist.get_world_size() - 1
+    if dist.get_rank() == last:
+        with raises(RuntimeError, "^block_table: .*2"):
+            call({"block_table": table + torch.tensor([[0, 0], [1, 1]])})
+    else:
+        with raises(RuntimeError, f"^process_group: .* got on rank {last} RuntimeError: block_tab"):
+            call({"block_table": table})
+    assert call({"block_table": table}).shape == (2, 3, 4, 16)
+    with raises(ValueError, "^block_table: expected the same value on every rank"):
+        call({"block_table": table} if dist.get_rank() else {})

@@ -272,6 +272,29 @@ def two_dimensions(op):
 
 
 @case()
+def a_cache_in_pages():
+    """Pages are any sequence's: batches cut the table, heads the pages."""
+    q, k, v = make_qkv(4, 5, 20, 8, 4, 16, 24)
+    pages = [x.unflatten(1, (4, 5)).flatten(0, 1) for x in (k, v)]
+    table = torch.arange(16).view(4, 4)
+    lengths = torch.tensor([20, 0, 10, 7])
+    expected = decode(q, *pages, block_table=table, seqlens_kv=lengths, causal=True)
+    assert_same_bits(expected, decode(q, k, v, seqlens_kv=lengths, causal=True))
+    for cut, rows, kv in ((BATCH, BATCH, WHOLE), (HEADS, WHOLE, HEADS), (WHOLE, WHOLE, BATCH)):
+        got = decode(
+            on_mesh(q, cut),
+            *(on_mesh(x, kv) for x in pages),
+            block_table=on_mesh(table, rows),
+            seqlens_kv=on_mesh(lengths, rows),
+            causal=True,
+        )
+        assert got.placements == (cut,)
+        assert_same_bits(got.full_tensor(), expected)
+    with raises(TypeError, "^block_table: expected a DTensor, as others are"):
+        decode(on_mesh(q, WHOLE), *(on_mesh(x, WHOLE) for x in pages), block_table=table)
+
+
+@case()
 def faces():
     q, k, v = inputs(8, keys=5)
     got = flash_attn_func(*(on_mesh(x, HEADS) for x in (q, k, v)), causal=True)
