@@ -16,7 +16,8 @@ OPS = {
     "attention_bwd": ("Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v", True),
     "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
     "decode.out": (
-        "Tensor(a!) out, Tensor(b!) lse, float? phi=None, Tensor? phi_heads=None) -> ()",
+        "Tensor(a!) out, Tensor(b!) lse, float? phi=None, Tensor? phi_heads=None, "
+        "Tensor? block_table=None) -> ()",
         False,
     ),
     "merge_states": ("Tensor outs, Tensor lses", True),
