@@ -271,6 +271,18 @@ def two_dimensions(op):
         assert got[0].placements == (Shard(2), Shard(2))
 
 
+@case(*OPS)
+def a_dimension_of_one(op):
+    """It divides the KV heads, which another dimension did not."""
+    at = mesh(dist.get_world_size(), 1)
+    kv = [WHOLE, HEADS]
+    tensors = inputs(dist.get_world_size() // 2)
+    got = compare(
+        OPS[op], tensors, {}, [[HEADS, HEADS], kv, kv], at, communicates=True, exact=False
+    )
+    assert got[0].placements == (Shard(2), Shard(2))
+
+
 @case()
 def a_cache_in_pages():
     """Pages are any sequence's: batches cut the table, heads the pages."""
