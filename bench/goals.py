@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shapes import parse
 
 SHARE_OF_READING = 0.8  # of a decode whose K and V do not fit the caches
+PAGED = 1.1  # times as long as a dense cache, at most
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,28 @@ def best_of_ours(rows: list[dict]) -> list[dict]:
     """One row for each shape, dtype and mask: ours in its faster layout, as SDPA is in its."""
     best: dict[tuple, dict] = {}
     for row in rows:
-        if row["impl"].startswith("ours") and row["x_sdpa"]:
+        if row["impl"] in ("ours", "ours-bhsd") and row["x_sdpa"]:
             key = row["op"], row["shape"], row["causal"], row["dtype"]
             if key not in best or row["x_sdpa"] > best[key]["x_sdpa"]:
                 best[key] = row
     return list(best.values())
+
+
+def _paged(rows: list[dict]) -> list[str]:
+    """A line for each decode that pages slow down by more than PAGED."""
+    seconds = {
+        (r["shape"], r["dtype"], r["impl"]): r["seconds"] for r in rows if r["op"] == "decode"
+    }
+    slow = (
+        (shape, dtype, time / seconds[shape, dtype, "ours"])
+        for (shape, dtype, impl), time in seconds.items()
+        if impl == "ours-paged" and (shape, dtype, "ours") in seconds
+    )
+    return [
+        f"  decode {shape} {dtype}: in pages {ratio:.2f} times as long as in one piece"
+        for shape, dtype, ratio in slow
+        if ratio > PAGED
+    ]
 
 
 def verdicts(rows: list[dict], last_level_bytes: int) -> list[str]:
@@ -89,4 +107,5 @@ def verdicts(rows: list[dict], last_level_bytes: int) -> list[str]:
         if large and row["roofline"] < SHARE_OF_READING:
             share = f"{100 * row['roofline']:.0f} % of the roofline"
             lines.append(f"  decode {row['shape']} {row['dtype']}: {share}")
+    lines += _paged(rows)
     return ["against the fastest sdpa, ours in the faster of its layouts", head, *lines]

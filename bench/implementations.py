@@ -29,6 +29,7 @@ import flashinfer_lite
 from flashinfer_lite import reference
 
 MAX_COPIES_BYTES = 1 << 30
+PAGE_SIZE = 16
 GPU_BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -268,10 +269,28 @@ def _our_decode(shape: Shape, q, k, v, copies: int):
     def explain():
         return flashinfer_lite.explain("decode", q, *next(ours_kv))
 
-    return sdpa_kv, (
+    candidates = [
         Candidate("ours", ours, lambda: (ours(),), explain),
         Candidate("ours-bhsd", ours_bhsd, lambda: (ours_bhsd(),)),
-    )
+    ]
+    if k.shape[1] % PAGE_SIZE == 0:
+        paged = _paged(q, k, v, copies)
+        candidates.append(Candidate("ours-paged", paged, lambda: (paged(),)))
+    return sdpa_kv, candidates
+
+
+def _paged(q, k, v, copies: int):
+    """Return ours on caches in scattered pages, to be taken in turn."""
+    generator = torch.Generator().manual_seed(1)
+    pages = k.shape[1] // PAGE_SIZE
+    order = torch.randperm(len(k) * pages, generator=generator).to(k.device)
+    table = order.argsort().view(len(k), pages).int()  # page order[i] of the dense cache is page i
+
+    def scattered(x):
+        return x.reshape(-1, PAGE_SIZE, *x.shape[2:])[order]
+
+    kv = itertools.cycle([(scattered(k), scattered(v)) for _ in range(copies)])
+    return lambda: flashinfer_lite.decode(q, *next(kv), block_table=table)
 
 
 def _backward(shape: Shape, q, k, v, dout):

@@ -218,7 +218,8 @@ def test_verdicts(bench, device):
 
     def row(op, shape, dtype, impl, ratio, roofline=0.9, causal=False):
         ours = {"op": op, "shape": shape, "dtype": dtype, "impl": impl, "x_sdpa": ratio}
-        return ours | {"roofline": roofline, "bytes": 1 << 30, "causal": causal}
+        seconds = 1 / (ratio or 1)
+        return ours | {"roofline": roofline, "bytes": 1 << 30, "causal": causal, "seconds": seconds}
 
     rows = [
         row("attention", "gpt2@1024", "bfloat16", "ours", 1.6, causal=True),
@@ -227,14 +228,19 @@ def test_verdicts(bench, device):
         row("attention", "gpt2@1024", "bfloat16", "sdpa", 1.0),
         row("decode", "llama3-8b@4096", "bfloat16", "ours", 1.9, 0.5),
         row("decode", "llama3-8b@4096", "bfloat16", "ours-bhsd", 2.1, 0.7),
+        row("decode", "llama3-8b@4096", "bfloat16", "ours-paged", 1.0, 0.5),
+        row("decode", "gpt2@1024", "float32", "ours", 1.0),
+        row("decode", "gpt2@1024", "float32", "ours-paged", 0.95),
         row("decode", "gpt2@1024", "bfloat16", "ours", None),
     ]
     table = bench("goals").verdicts(rows, 1 << 20)
-    found = {line[2:36].strip(): line[36:].split() for line in table[2:-1]}
+    found = {line[2:36].strip(): line[36:].split() for line in table[2:-2]}
     assert found == {
         "prefill bf16, causal": ["1.5x", "1.40x", "1.50x", "MISSED", "by", "smollm2-135m@2048"],
         "prefill bf16, full": ["1.5x", "1.50x", "1.50x", "met"],
         "decode bf16, groups of 2 to 7": ["2.0x", "2.10x", "2.10x", "met"],
     }
-    assert table[-1] == "  decode llama3-8b@4096 bfloat16: 70 % of the roofline"
+    assert table[-2] == "  decode llama3-8b@4096 bfloat16: 70 % of the roofline"
+    slow = "  decode llama3-8b@4096 bfloat16: in pages 1.90 times as long as in one piece"
+    assert table[-1] == slow
     assert bench("goals").verdicts([], 1 << 20) == []
