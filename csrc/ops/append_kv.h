@@ -81,7 +81,7 @@ inline void set_append_params(AppendKvParams& p, const AppendKvArgs& a, DeviceTy
     p.capacity = check_block_table(*a.block_table, a.k, a.k_cache);
     p.block_table = page_table(outer, slots);
   }
-  check_lengths("seqlens_kv", a.seqlens_kv, a.k);
+  check_lengths("seqlens_kv", a.seqlens_kv, a.k, a.k.size(0));
   set_rotary(p.rotary, a, p.head_dim);
   set_strided(p.k, a.k);
   set_strided(p.v, a.v);
@@ -93,7 +93,7 @@ inline void set_append_params(AppendKvParams& p, const AppendKvArgs& a, DeviceTy
 // their values. `lengths` owns what p points to.
 inline void set_append_slots(AppendKvParams& p, Lengths& lengths, const Tensor& seqlens_kv,
                              const std::optional<Tensor>& block_table) {
-  lengths.seqlens_kv = length_values(seqlens_kv, p.batch_size);
+  lengths.seqlens_kv = length_values(seqlens_kv);
   p.seqlens_kv = lengths.seqlens_kv.data();
   const int64_t most = p.capacity - p.seqlen_new;
   for (int64_t b = 0; b < p.batch_size; ++b) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "common/params/attention.h"
@@ -15,7 +16,8 @@ enum class Causal : int64_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
 
 inline const std::optional<Tensor> kNoTensor;
 
-// What every attention op takes besides its outputs, in the order of the schemas.
+// What every attention op takes besides its outputs, in the order of the schemas. The tensors of a
+// ragged batch have no batch dimension and count as those of one sequence.
 struct AttentionArgs {
   const Tensor& q;
   const Tensor& k;
@@ -29,6 +31,7 @@ struct AttentionArgs {
   int64_t window_left;
   int64_t window_right;
   const std::optional<Tensor>& block_table = kNoTensor;
+  bool ragged = false;
 };
 
 // The unified maximum of the softmax; neither is the online softmax.
@@ -39,10 +42,18 @@ struct PhiArgs {
 
 template <class Pointer>
 void set_strided(Strided<Pointer>& view, const Tensor& x) {
+  const int64_t dims = x.dim();
   view.data = x.data_ptr();
-  view.batch = x.stride(0);
-  view.seqlen = x.stride(1);
-  view.head = x.stride(2);
+  view.batch = dims == 4 ? x.stride(0) : 0;
+  view.seqlen = x.stride(dims - 3);
+  view.head = x.stride(dims - 2);
+}
+
+// check_shape for [batch, seqlen, num_heads, head_dim], or without the batch where it is ragged.
+inline void check_rows_shape(const char* name, const Tensor& x, bool ragged, int64_t batch_size,
+                             int64_t seqlen, int64_t num_heads, int64_t head_dim) {
+  if (ragged) return check_shape(name, x, {seqlen, num_heads, head_dim});
+  check_shape(name, x, {batch_size, seqlen, num_heads, head_dim});
 }
 
 inline MaskType mask_type(ScalarType type) {
@@ -96,26 +107,30 @@ inline int64_t check_block_table(const Tensor& table, const Tensor& like, const 
 // Checks q, k and v and fills sizes and views.
 inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   const ScalarType type = a.q.scalar_type();
+  const int64_t dims = a.ragged ? 3 : 4;
   check_backend("q", a.q, backend);
   check_element_type("q", type, backend);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"q", a.q}, {"k", a.k}, {"v", a.v}}) {
     check_device(name, x, "q's", a.q);
-    check(x.dim() == 4, name, ": expected 4 dimensions [batch, seqlen, num_heads, head_dim], got ",
-          shape_text(x));
+    check(x.dim() == dims, name, ": expected ", dims, " dimensions ",
+          a.ragged ? "[total" : "[batch, seqlen", ", num_heads, head_dim], got ", shape_text(x));
     check_dtype(name, x, type);
     check_last_stride(name, x);
   }
-  p.batch_size = a.q.size(0);
-  p.seqlen_q = a.q.size(1);
-  p.num_heads_q = a.q.size(2);
-  p.head_dim = a.q.size(3);
-  p.seqlen_kv = a.block_table ? check_block_table(*a.block_table, a.q, a.k) : a.k.size(1);
-  p.num_heads_kv = a.k.size(2);
-  p.head_dim_v = a.v.size(3);
-  const int64_t outer[2] = {a.block_table ? a.k.size(0) : p.batch_size, a.k.size(1)};
-  check_shape("k", a.k, {outer[0], outer[1], p.num_heads_kv, p.head_dim});
-  check_shape("v", a.v, {outer[0], outer[1], p.num_heads_kv, p.head_dim_v});
+  p.batch_size = a.ragged ? 1 : a.q.size(0);
+  p.seqlen_q = a.q.size(dims - 3);
+  p.num_heads_q = a.q.size(dims - 2);
+  p.head_dim = a.q.size(dims - 1);
+  p.seqlen_kv = a.block_table ? check_block_table(*a.block_table, a.q, a.k) : a.k.size(dims - 3);
+  p.num_heads_kv = a.k.size(dims - 2);
+  p.head_dim_v = a.v.size(dims - 1);
+  const int64_t outer = a.block_table ? a.k.size(0) : p.batch_size;
+  for (const auto& [name, x, head_dim] :
+       {std::tuple<const char*, const Tensor&, int64_t>{"k", a.k, p.head_dim},
+        {"v", a.v, p.head_dim_v}}) {
+    check_rows_shape(name, x, a.ragged, outer, a.k.size(dims - 3), p.num_heads_kv, head_dim);
+  }
   for (const auto& [name, dim] :
        {std::pair<const char*, int64_t>{"q", p.head_dim}, {"v", p.head_dim_v}}) {
     check(dim % 8 == 0 && dim >= 8 && dim <= 256, name,
@@ -128,7 +143,9 @@ inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType b
   set_strided(p.q, a.q);
   set_strided(p.k, a.k);
   set_strided(p.v, a.v);
-  if (a.block_table) p.block_table = page_table(outer[0], outer[1]);
+  if (a.block_table) p.block_table = page_table(a.k.size(0), a.k.size(1));
+  p.lse_head = p.seqlen_q;
+  p.lse_batch = p.num_heads_q * p.seqlen_q;
 }
 
 // Checks and fills what turns dot products into scores, and who sees whom but for the lengths.
@@ -172,22 +189,24 @@ inline void set_softmax(AttentionFwdParams& p, const PhiArgs& a, const Tensor& q
   p.phi_heads = static_cast<const float*>(a.phi_heads->data_ptr());
 }
 
-// What shows on a tensor of lengths without reading it.
-inline void check_lengths(const char* name, const Tensor& x, const Tensor& q) {
+// What shows on a tensor of integers, one for each of something, without reading it.
+inline void check_lengths(const char* name, const Tensor& x, const Tensor& q, int64_t count) {
   check_device(name, x, "q's", q);
-  check_shape(name, x, {q.size(0)});
+  check_shape(name, x, {count});
   const ScalarType type = x.scalar_type();
   check(type == ScalarType::Int || type == ScalarType::Long, name,
         ": expected dtype int32 or int64, got ", dtype_text(type));
 }
 
-// Fills every field of AttentionParams except kv_start and seqlens_kv, whose tensors it checks as
-// far as that goes without reading them; or throws.
-inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
+// Fills every field of AttentionParams except kv_start and seqlens_kv, whose tensors, one number
+// for each of the sequences, it checks as far as that goes without reading them; or throws.
+inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend,
+                       std::optional<int64_t> sequences = {}) {
   set_tensors(p, a, backend);
   set_scores(p, a);
-  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a.q);
-  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a.q);
+  const int64_t count = sequences.value_or(p.batch_size);
+  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a.q, count);
+  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a.q, count);
 }
 
 // Owns the lengths and pages that params point to.
@@ -201,33 +220,37 @@ inline int64_t integer_at(const Tensor& x, int64_t offset) {
                                             : static_cast<const int64_t*>(x.data_ptr())[offset];
 }
 
-inline std::vector<int64_t> length_values(const Tensor& x, int64_t batch_size) {
-  std::vector<int64_t> values(batch_size);
-  for (int64_t b = 0; b < batch_size; ++b) values[b] = integer_at(x, b * x.stride(0));
+inline std::vector<int64_t> length_values(const Tensor& x) {
+  std::vector<int64_t> values(x.size(0));
+  for (int64_t b = 0; b < x.size(0); ++b) values[b] = integer_at(x, b * x.stride(0));
   return values;
 }
 
-// Reads the lengths from tensors in host memory that passed check_lengths, and checks their values.
-inline void set_lengths(AttentionParams& p, Lengths& lengths, const std::optional<Tensor>& kv_start,
-                        const std::optional<Tensor>& seqlens_kv) {
-  if (kv_start) {
-    lengths.kv_start = length_values(*kv_start, p.batch_size);
-    p.kv_start = lengths.kv_start.data();
-  }
-  if (seqlens_kv) {
-    lengths.seqlens_kv = length_values(*seqlens_kv, p.batch_size);
-    p.seqlens_kv = lengths.seqlens_kv.data();
-  }
+// Reads the lengths from tensors in host memory that passed check_lengths, and checks their values:
+// sequence b has slots(b) of them.
+template <class Slots>
+void read_lengths(Lengths& lengths, const std::optional<Tensor>& kv_start,
+                  const std::optional<Tensor>& seqlens_kv, const Slots& slots) {
+  if (kv_start) lengths.kv_start = length_values(*kv_start);
+  if (seqlens_kv) lengths.seqlens_kv = length_values(*seqlens_kv);
   // Only given lengths need a look: an expanded batch of 2^40 is not counted through for nothing.
-  const int64_t to_check = kv_start || seqlens_kv ? p.batch_size : 0;
-  for (int64_t b = 0; b < to_check; ++b) {
-    const int64_t end = p.seqlens_kv ? p.seqlens_kv[b] : p.seqlen_kv;
-    const int64_t start = p.kv_start ? p.kv_start[b] : 0;
-    check(end >= 0 && end <= p.seqlen_kv, "seqlens_kv: expected values in [0, ", p.seqlen_kv,
-          "], got ", end, " at batch ", b);
+  const size_t count = std::max(lengths.kv_start.size(), lengths.seqlens_kv.size());
+  for (size_t b = 0; b < count; ++b) {
+    const int64_t end = seqlens_kv ? lengths.seqlens_kv[b] : slots(b);
+    const int64_t start = kv_start ? lengths.kv_start[b] : 0;
+    check(end >= 0 && end <= slots(b), "seqlens_kv: expected values in [0, ", slots(b), "], got ",
+          end, " at batch ", b);
     check(start >= 0 && start <= end, "kv_start: expected values in [0, seqlens_kv = ", end,
           "], got ", start, " at batch ", b);
   }
+}
+
+// read_lengths of a batch that is not ragged, into p.
+inline void set_lengths(AttentionParams& p, Lengths& lengths, const std::optional<Tensor>& kv_start,
+                        const std::optional<Tensor>& seqlens_kv) {
+  read_lengths(lengths, kv_start, seqlens_kv, [&](int64_t) { return p.seqlen_kv; });
+  if (kv_start) p.kv_start = lengths.kv_start.data();
+  if (seqlens_kv) p.seqlens_kv = lengths.seqlens_kv.data();
 }
 
 // Reads the pages of each sequence's slots from a table in host memory, and checks them. The
@@ -266,15 +289,55 @@ struct Outputs {
   Tensor lse;
 };
 
-inline Outputs new_outputs(const Tensor& q, const AttentionParams& p) {
+inline Outputs new_outputs(const Tensor& q, const AttentionParams& p, bool ragged = false) {
+  std::vector<int64_t> out{p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v};
+  std::vector<int64_t> lse{p.batch_size, p.num_heads_q, p.seqlen_q};
+  if (ragged) {
+    out.erase(out.begin());
+    lse.erase(lse.begin());
+  }
   const ScalarType type = q.scalar_type();
-  return {new_tensor(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v}, type),
-          new_tensor(q, {p.batch_size, p.num_heads_q, p.seqlen_q}, accumulator_type(type))};
+  return {new_tensor(q, out, type), new_tensor(q, lse, accumulator_type(type))};
 }
 
 inline void set_outputs(AttentionFwdParams& p, const Outputs& outputs) {
   set_strided(p.out, outputs.out);
   p.lse = outputs.lse.data_ptr();
+}
+
+// What attention_bwd takes besides, but for the arguments of the forward.
+struct GradientArgs {
+  const Tensor& dout;
+  const std::optional<Tensor>& dlse;
+  const Tensor& out;
+  const Tensor& lse;
+};
+
+// Checks the gradients and results that the backward reads, and fills their views.
+inline void set_results(AttentionBwdParams& p, const GradientArgs& g, const AttentionArgs& a) {
+  for (const auto& [name, x] :
+       {std::pair<const char*, const Tensor&>{"dout", g.dout}, {"out", g.out}}) {
+    check_device(name, x, "q's", a.q);
+    check_dtype(name, x, a.q.scalar_type());
+    check_rows_shape(name, x, a.ragged, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v);
+    check_last_stride(name, x);
+  }
+  const auto check_lse = [&](const char* name, const Tensor& x) {
+    check_device(name, x, "q's", a.q);
+    check_dtype(name, x, accumulator_type(a.q.scalar_type()));
+    if (a.ragged) {
+      check_shape(name, x, {p.num_heads_q, p.seqlen_q});
+    } else {
+      check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
+    }
+    check(x.is_contiguous(), name, ": expected a contiguous tensor, got other strides");
+  };
+  check_lse("lse", g.lse);
+  if (g.dlse) check_lse("dlse", *g.dlse);
+  set_strided(p.out, g.out);
+  set_strided(p.dout, g.dout);
+  p.lse = g.lse.data_ptr();
+  p.dlse = g.dlse ? g.dlse->data_ptr() : nullptr;
 }
 
 }  // namespace flashinfer_lite

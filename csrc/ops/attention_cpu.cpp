@@ -3,6 +3,7 @@
 
 #include "common/heuristics.h"
 #include "ops/attention.h"
+#include "ops/backward_cpu.h"
 #include "ops/forward_cpu.h"
 #include "ops/runtime_cpu.h"
 
@@ -50,23 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
+  set_results(p, {dout, dlse, out, lse}, args);
   const ScalarType type = q.scalar_type(), accumulator = accumulator_type(type);
-  const cpu::Kernels& kernels = cpu_kernels(type);
-  for (const auto& [name, x] :
-       {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_device(name, x, "q's", q);
-    check_dtype(name, x, type);
-    check_shape(name, x, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v});
-    check_last_stride(name, x);
-  }
-  const auto check_lse = [&](const char* name, const Tensor& x) {
-    check_device(name, x, "q's", q);
-    check_dtype(name, x, accumulator);
-    check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});
-    check(x.is_contiguous(), name, ": expected a contiguous tensor, got other strides");
-  };
-  check_lse("lse", lse);
-  if (dlse) check_lse("dlse", *dlse);
   check(!wants_dmask || (mask && mask->scalar_type() != ScalarType::Bool),
         "wants_dmask: expected an additive mask to differentiate");
 
@@ -78,13 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
           ? torch::stable::new_zeros(
                 *mask, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, accumulator)
           : new_tensor(q, {0}, accumulator);
-  set_strided(p.out, out);
-  set_strided(p.dout, dout);
   set_strided(p.dq, dq);
   set_strided(p.dk, dk);
   set_strided(p.dv, dv);
-  p.lse = lse.data_ptr();
-  p.dlse = dlse ? dlse->data_ptr() : nullptr;
   count_call();
   if (lse.numel() == 0 || p.seqlen_kv == 0) {
     torch::stable::zero_(dq);
@@ -93,8 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     return {dq, dk, dv, dmask};
   }
 
-  // Five products per tile: 2.5 times the forward.
-  double work = 2.5 * forward_work(p);
+  bool serial = false;
   if (wants_dmask) {
     const auto stride = [&](int64_t i) { return dmask.size(i) == 1 ? 0 : dmask.stride(i); };
     p.dmask = dmask.data_ptr();
@@ -103,31 +84,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     p.dmask_row = stride(2);
     p.dmask_col = stride(3);
     // Tasks that share a gradient element may not run side by side.
-    if ((p.dmask_batch == 0 && p.batch_size > 1) || (p.dmask_head == 0 && p.num_heads_kv > 1) ||
-        p.dmask_col == 0) {
-      work = 0;
-    }
+    serial = (p.dmask_batch == 0 && p.batch_size > 1) ||
+             (p.dmask_head == 0 && p.num_heads_kv > 1) || p.dmask_col == 0;
   }
-  const int64_t independent = p.batch_size * p.num_heads_kv;
-  const int64_t width = ceil_div(p.head_dim, kAccumulatorAlign) * kAccumulatorAlign;
-  p.keys_per_part = cpu_backward_keys_per_part(p.num_heads_kv, p.seqlen_kv,
-                                               p.num_heads_kv * p.dq_accum_rows() * width);
-  const int64_t parts = p.key_parts();
-  const bool fused =
-      work < kSerialWork || parts * independent >= int64_t{torch::stable::get_num_threads()};
-  if (fused) {
-    Tensor dq_accum = new_tensor(q, {parts * independent, p.dq_accum_rows(), width}, accumulator);
-    p.dq_accum = dq_accum.data_ptr();
-    p.pass = BwdPass::kFused;
-    run_tasks(kernels.attention_bwd, p, work);
-    p.pass = BwdPass::kSum;
-    if (parts > 1) run_tasks(kernels.attention_bwd, p, work);
-  } else {
-    p.pass = BwdPass::kKeys;
-    run_tasks(kernels.attention_bwd, p, work);
-    p.pass = BwdPass::kQueries;
-    run_tasks(kernels.attention_bwd, p, work);
-  }
+  run_backward(q, cpu_kernels(type), {p}, serial);
   return {dq, dk, dv, dmask};
 }
 

@@ -57,6 +57,23 @@ void run_online(const cpu::Kernels& kernels, const AttentionFwdParams& p) {
   if (p.kv_splits > 1) run_tasks(kernels.combine, combine_of(p), merge_work(p), 16);
 }
 
+// Counts what a unified pass has said of its rows. Whether some are to be computed again.
+bool has_violated_rows(const std::vector<RowVerdict>& verdict) {
+  const auto rows_with = [&](RowVerdict wanted) {
+    return static_cast<int64_t>(std::count(verdict.begin(), verdict.end(), wanted));
+  };
+  const int64_t violated = rows_with(RowVerdict::kViolated);
+  count_rows(rows_with(RowVerdict::kGood) + violated, violated);
+  return violated > 0;
+}
+
+// Makes of a unified pass the online one for the rows that it has marked.
+void turn_online(AttentionFwdParams& p) {
+  p.unified = false;
+  p.only = p.verdict;
+  p.verdict = nullptr;
+}
+
 }  // namespace
 
 void run_forward(const Tensor& like, const cpu::Kernels& kernels, AttentionFwdParams& p) {
@@ -69,17 +86,19 @@ void run_forward(const Tensor& like, const cpu::Kernels& kernels, AttentionFwdPa
   run_tasks(kernels.attention_fwd, p, forward_work(p));
   if (p.kv_splits > 1) run_tasks(kernels.unified_merge, p, merge_work(p), 16);
 
-  const auto rows_with = [&](RowVerdict wanted) {
-    return static_cast<int64_t>(std::count(verdict.begin(), verdict.end(), wanted));
-  };
-  const int64_t violated = rows_with(RowVerdict::kViolated);
-  count_rows(rows_with(RowVerdict::kGood) + violated, violated);
-  if (violated == 0) return;
-  AttentionFwdParams again = p;
-  again.unified = false;
-  again.verdict = nullptr;
-  again.only = verdict.data();
-  run_online(kernels, again);
+  if (!has_violated_rows(verdict)) return;
+  turn_online(p);
+  run_online(kernels, p);
+}
+
+void run_forward(const cpu::Kernels& kernels, std::vector<AttentionFwdParams>& problems,
+                 const std::vector<RowVerdict>& verdict) {
+  double work = 0;
+  for (const AttentionFwdParams& p : problems) work += forward_work(p);
+  run_tasks(kernels.attention_fwd, problems, work);
+  if (!has_violated_rows(verdict)) return;
+  for (AttentionFwdParams& p : problems) turn_online(p);
+  run_tasks(kernels.attention_fwd, problems, work);
 }
 
 }  // namespace flashinfer_lite

@@ -1,6 +1,8 @@
 // One forward pass on the CPU, of attention and decode alike.
 #pragma once
 
+#include <vector>
+
 #include "ops/runtime_cpu.h"
 
 namespace flashinfer_lite {
@@ -9,5 +11,10 @@ namespace flashinfer_lite {
 // that its guard refuses are computed again by the online softmax, in the same tile, splits and
 // order, and counted. Partials are allocated `like` a tensor.
 void run_forward(const Tensor& like, const cpu::Kernels& kernels, AttentionFwdParams& p);
+
+// The same for many problems without splits, side by side. `verdict` is all that their verdict
+// points into, kNoKey beforehand; empty for the online softmax.
+void run_forward(const cpu::Kernels& kernels, std::vector<AttentionFwdParams>& problems,
+                 const std::vector<RowVerdict>& verdict);
 
 }  // namespace flashinfer_lite

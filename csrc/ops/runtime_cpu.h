@@ -1,9 +1,11 @@
 // Runs CPU kernels on torch's threads: the level in force, task distribution, scratch, counters.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "common/params/attention.h"
 #include "cpu/kernels/table.h"
@@ -35,15 +37,15 @@ inline double forward_work(const AttentionParams& p) {
          (p.head_dim + p.head_dim_v);
 }
 
-// Runs all tasks, `grain` at a time, on as many threads as `work` multiply-adds deserve. Which
-// thread runs a task never changes its result.
-template <class Params>
-void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, int64_t grain = 1) {
-  const int64_t tasks = kernel.tasks(p);
+// run(task, scratch) for `tasks` tasks, `grain` at a time, on as many threads as `work`
+// multiply-adds deserve, each with `bytes` of scratch. Which thread runs a task never changes its
+// result.
+template <class Run>
+void run_pool(int64_t tasks, int64_t bytes, double work, int64_t grain, const Run& run) {
   if (tasks == 0) return;
   const int64_t threads = work < kSerialWork ? 1 : torch::stable::get_num_threads();
   const int64_t workers = std::min((tasks + grain - 1) / grain, threads);
-  const int64_t bytes = (kernel.scratch(p) + 63) / 64 * 64;
+  bytes = (bytes + 63) / 64 * 64;
   alignas(64) char small[kSmallScratch];
   const bool fits = workers * bytes <= kSmallScratch;
   const std::unique_ptr<char, FreeDeleter> large(
@@ -56,7 +58,7 @@ void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, 
     for (int64_t worker = first; worker < last; ++worker) {
       for (int64_t task; (task = next.fetch_add(grain, std::memory_order_relaxed)) < tasks;) {
         for (int64_t t = task; t < std::min(task + grain, tasks); ++t) {
-          kernel.run(p, t, scratch + worker * bytes);
+          run(t, scratch + worker * bytes);
         }
       }
     }
@@ -66,6 +68,44 @@ void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, 
   } else {
     torch::stable::parallel_for(0, workers, 1, work_on);
   }
+}
+
+// All tasks of one problem.
+template <class Params>
+void run_tasks(const cpu::Kernel<Params>& kernel, const Params& p, double work, int64_t grain = 1) {
+  run_pool(kernel.tasks(p), kernel.scratch(p), work, grain,
+           [&](int64_t task, char* scratch) { kernel.run(p, task, scratch); });
+}
+
+// All tasks of many problems, which share the threads. The longest tasks come first: what runs
+// last should be short.
+template <class Params>
+void run_tasks(const cpu::Kernel<Params>& kernel, const std::vector<Params>& problems,
+               double work) {
+  struct Entry {
+    double work_per_task;
+    const Params* problem;
+    int64_t tasks;
+  };
+  std::vector<Entry> entries;
+  int64_t bytes = 0, tasks = 0;
+  entries.reserve(problems.size());
+  for (const Params& p : problems) {
+    const int64_t count = kernel.tasks(p);
+    if (count == 0) continue;
+    entries.push_back({forward_work(p) / double(count), &p, count});
+    bytes = std::max(bytes, kernel.scratch(p));
+    tasks += count;
+  }
+  std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+    return a.work_per_task > b.work_per_task;
+  });
+  std::vector<int64_t> first(entries.size());  // number of each entry's first task
+  for (size_t i = 1; i < entries.size(); ++i) first[i] = first[i - 1] + entries[i - 1].tasks;
+  run_pool(tasks, bytes, work, 1, [&](int64_t task, char* scratch) {
+    const auto i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+    kernel.run(*entries[i].problem, task - first[i], scratch);
+  });
 }
 
 }  // namespace flashinfer_lite

@@ -45,6 +45,9 @@ struct AttentionParams {
 
   Strided<const void*> q, k, v;  // of a paged cache, k.batch and v.batch lead from page to page
   PageTable block_table;
+  // Of lse, [batch, num_heads_q, seqlen_q] with the queries of a head side by side. A sequence of a
+  // ragged batch has its heads as far apart as the batch has queries.
+  int64_t lse_batch = 0, lse_head = 0;
   MaskView mask;
   const int64_t* kv_start = nullptr;    // [batch] or null: first visible slot
   const int64_t* seqlens_kv = nullptr;  // [batch] or null: one past the last visible slot
@@ -61,9 +64,9 @@ struct AttentionParams {
   // group_size.
   constexpr int64_t rows_per_kv_head() const { return seqlen_q * group_size(); }
 
-  // Of a row in [batch, num_heads_q, seqlen_q].
+  // Of a row in lse and in what is laid out like it.
   int64_t row_index(int64_t batch_idx, int64_t head, int64_t query) const {
-    return (batch_idx * num_heads_q + head) * seqlen_q + query;
+    return batch_idx * lse_batch + head * lse_head + query;
   }
 
   CpuForwardProblem cpu_problem(int64_t element_size, bool matrix_tiles) const {
@@ -83,10 +86,10 @@ struct AttentionParams {
   }
 };
 
-// Forward, and decode with kv_splits > 1. lse has the accumulator's type and is contiguous
-// [batch, num_heads_q, seqlen_q]; with splits, out and lse go to the partials instead, which add a
-// leading split dimension and hold normalised states for combine. With a unified maximum they hold
-// sums instead: numerators, denominators, and row maxima in row_max_partial.
+// Forward, and decode with kv_splits > 1. lse has the accumulator's type; with splits it is
+// contiguous, and out and lse go to the partials instead, which add a leading split dimension and
+// hold normalised states for combine. With a unified maximum they hold sums instead: numerators,
+// denominators, and row maxima in row_max_partial.
 struct AttentionFwdParams : AttentionParams {
   Strided<void*> out;
   void* lse = nullptr;
@@ -102,8 +105,8 @@ struct AttentionFwdParams : AttentionParams {
   const float* phi_heads = nullptr;  // [num_heads_q]
   void* row_max_partial = nullptr;   // like lse_partial, in units of log2
 
-  // On the CPU, both [batch, num_heads_q, seqlen_q]: what became of each row of a unified pass, and
-  // the rows that an online pass is for, those marked kViolated; null for all.
+  // On the CPU, both laid out like lse: what became of each row of a unified pass, and the rows
+  // that an online pass is for, those marked kViolated; null for all.
   RowVerdict* verdict = nullptr;
   const RowVerdict* only = nullptr;
 };
@@ -119,17 +122,22 @@ constexpr int64_t kAccumulatorAlign = 32;  // elements; a multiple of every leve
 
 struct AttentionBwdParams : AttentionParams {
   Strided<const void*> out, dout;
-  const void* lse = nullptr;   // [batch, num_heads_q, seqlen_q]
+  const void* lse = nullptr;
   const void* dlse = nullptr;  // like lse, or null
   Strided<void*> dq, dk, dv;
   BwdPass pass = BwdPass::kFused;
   int64_t keys_per_part = 0;
   int64_t key_parts() const { return ceil_div(seqlen_kv, keys_per_part); }
-  // Fused pass: dQ in the accumulator's type, [key_parts, batch, num_heads_kv,
+  // Fused pass with several parts: dQ in the accumulator's type, [key_parts, batch, num_heads_kv,
   // dq_accum_rows, head_dim rounded up to kAccumulatorAlign].
   void* dq_accum = nullptr;
   // A matrix unit writes whole blocks of rows, those behind the last too.
   int64_t dq_accum_rows() const { return ceil_div(rows_per_kv_head(), kMatrixRows) * kMatrixRows; }
+  // Elements of one part of it.
+  int64_t dq_accum_elements() const {
+    const int64_t row = ceil_div(head_dim, kAccumulatorAlign) * kAccumulatorAlign;
+    return batch_size * num_heads_kv * dq_accum_rows() * row;
+  }
   // Gradient of an additive mask in the accumulator's type; strides 0 where the mask broadcasts.
   void* dmask = nullptr;
   int64_t dmask_batch = 0, dmask_head = 0, dmask_row = 0, dmask_col = 0;

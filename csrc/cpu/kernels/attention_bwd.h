@@ -31,10 +31,16 @@ struct BackwardRows {
   Row* rows;              // of a block
 };
 
-// A task that is no part of the fused pass has dQ of its rows by each part of the keys.
+// Whether dQ of a task's rows is put together by several tasks, in memory that they share.
+FIL_INLINE bool shares_dq(const AttentionBwdParams& p) {
+  return p.pass == BwdPass::kSum || (p.pass == BwdPass::kFused && p.key_parts() > 1);
+}
+
+// Otherwise a task has dQ of its rows to itself, by each part of the keys.
 FIL_INLINE int64_t dq_scratch(const AttentionBwdParams& p, const Tile& tile) {
-  const int64_t row = round_up(p.head_dim, kAccumulatorAlign);
-  return p.pass == BwdPass::kQueries ? p.key_parts() * tile.block_m * row : 0;
+  if (p.pass == BwdPass::kKeys || shares_dq(p)) return 0;
+  const int64_t rows = p.pass == BwdPass::kFused ? p.dq_accum_rows() : tile.block_m;
+  return p.key_parts() * rows * round_up(p.head_dim, kAccumulatorAlign);
 }
 
 template <class Element_>
@@ -259,7 +265,7 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
   const int64_t block = task / p.num_heads_kv / p.batch_size;
   const Visibility visibility = p.visibility(batch);
 
-  const bool in_accum = p.pass == BwdPass::kFused || p.pass == BwdPass::kSum;
+  const bool all_rows = p.pass == BwdPass::kFused || p.pass == BwdPass::kSum;
   const bool wants_keys = p.pass != BwdPass::kQueries;
   int64_t row_begin = 0, row_end = total_rows, key_begin = 0, key_end = p.seqlen_kv;
   if (p.pass == BwdPass::kQueries || p.pass == BwdPass::kSum) {
@@ -273,10 +279,10 @@ void attention_bwd(const AttentionBwdParams& p, int64_t task, void* scratch) {
   }
   // dQ of the task's rows by the first part of the keys; those by the others lie dq_part apart.
   const int64_t dq_row = round_up(p.head_dim, kAccumulatorAlign);
-  const int64_t dq_rows = in_accum ? p.dq_accum_rows() : block_m;
-  const int64_t dq_part = dq_rows * dq_row * (in_accum ? p.batch_size * p.num_heads_kv : 1);
+  const int64_t dq_rows = all_rows ? p.dq_accum_rows() : block_m;
+  const int64_t dq_part = dq_rows * dq_row * (shares_dq(p) ? p.batch_size * p.num_heads_kv : 1);
   Acc* dq = t.dq;
-  if (in_accum) {
+  if (shares_dq(p)) {
     const int64_t first = (batch * p.num_heads_kv + head_kv) * dq_rows + row_begin;
     dq = static_cast<Acc*>(p.dq_accum) + first * dq_row;
   }
