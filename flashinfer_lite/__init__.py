@@ -8,7 +8,7 @@
 from flashinfer_lite._introspect import explain, stats
 from flashinfer_lite._ops import built, cuda_status
 from flashinfer_lite.append import append_kv
-from flashinfer_lite.attention import attention, attention_varlen
+from flashinfer_lite.attention import attention
 from flashinfer_lite.decode import decode, merge_states
 from flashinfer_lite.flash_attn import (
     flash_attn_func,
@@ -21,6 +21,7 @@ from flashinfer_lite.flash_attn import (
 )
 from flashinfer_lite.gemm import flat_linear
 from flashinfer_lite.sdpa import scaled_dot_product_attention
+from flashinfer_lite.varlen import attention_varlen
 
 __version__ = "0.1.0"
 

@@ -31,14 +31,16 @@ def tensor(name, x):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
 
 
-def qkv(q, k, v, names=("q", "k", "v"), paged=False):
-    """Types, shapes, dtypes, devices and strides of the three tensors; paged: of k and v the first
-    two dimensions are pages and their slots."""
+def qkv(q, k, v, names=("q", "k", "v"), ragged=False, paged=False):
+    """Types, shapes, dtypes, devices and strides of the three tensors. Of a ragged batch they are
+    [total, num_heads, head_dim]; paged: of k and v the first two dimensions are pages and their
+    slots."""
+    dims, layout = (3, "[total") if ragged else (4, "[batch, seqlen")
     for name, x in zip(names, (q, k, v), strict=True):
         tensor(name, x)
-        if x.dim() != 4:
+        if x.dim() != dims:
             raise ValueError(
-                f"{name}: expected 4 dimensions [batch, seqlen, num_heads, head_dim], "
+                f"{name}: expected {dims} dimensions {layout}, num_heads, head_dim], "
                 f"got shape {list(x.shape)}"
             )
         if x.dtype not in ELEMENT_DTYPES:
@@ -49,23 +51,23 @@ def qkv(q, k, v, names=("q", "k", "v"), paged=False):
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-        if x.shape[3] % 8 or not 8 <= x.shape[3] <= MAX_HEAD_DIM:
+        if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
                 f"{name}: expected head_dim a multiple of 8 in [8, {MAX_HEAD_DIM}], "
-                f"got {x.shape[3]}"
+                f"got {x.shape[-1]}"
             )
-        if x.stride(3) != 1:
+        if x.stride(-1) != 1:
             raise ValueError(
                 f"{name}: expected the last dimension contiguous (stride 1), got stride "
-                f"{x.stride(3)}"
+                f"{x.stride(-1)}"
             )
-    (batch_size, _, num_heads_q, head_dim), (_, seqlen_kv, num_heads_kv, _) = q.shape, k.shape
-    wanted = [k.shape[0] if paged else batch_size, seqlen_kv, num_heads_kv, head_dim]
-    if k.shape[0] != wanted[0] or k.shape[3] != head_dim:
+    num_heads_q, num_heads_kv = q.shape[-2], k.shape[-2]
+    wanted = [*(k if paged else q).shape[:-3], *k.shape[-3:-1], q.shape[-1]]
+    if list(k.shape) != wanted:
         raise ValueError(f"{names[1]}: expected shape {wanted} to fit q, got {list(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
+    if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"{names[2]}: expected shape {[*wanted[:3], 'head_dim_v']} like {names[1]}, "
+            f"{names[2]}: expected shape {[*wanted[:-1], 'head_dim_v']} like {names[1]}, "
             f"got {list(v.shape)}"
         )
     if num_heads_q % num_heads_kv if num_heads_kv else num_heads_q:
@@ -114,9 +116,9 @@ def unified(softmax, phi, q):
         return float(phi), None
     if phi.dtype != torch.float32:
         raise TypeError(f"phi: expected dtype float32, got {phi.dtype}")
-    if phi.shape != q.shape[2:3]:
+    if phi.shape != q.shape[-2:-1]:
         raise ValueError(
-            f"phi: expected a number or shape [{q.shape[2]}] (num_heads_q), got {list(phi.shape)}"
+            f"phi: expected a number or shape [{q.shape[-2]}] (num_heads_q), got {list(phi.shape)}"
         )
     if phi.device != q.device:
         raise ValueError(f"phi: expected q's device {q.device}, got {phi.device}")
@@ -134,16 +136,42 @@ def number(name, x, wanted="a number"):
     return x
 
 
-def lengths(name, x, q):
+def lengths(name, x, q, batch_size):
     if x is None:
         return
+    _integers(name, x, q)
+    if x.shape != (batch_size,):
+        raise ValueError(f"{name}: expected shape [{batch_size}] (batch), got {list(x.shape)}")
+
+
+def offsets(cu_seqlens_q, cu_seqlens_kv, q):
+    """Where the sequences of a ragged batch begin, as far as that shows without reading it."""
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        _integers(name, x, q)
+        if x.dim() != 1 or x.shape[0] == 0:
+            raise ValueError(f"{name}: expected shape [batch + 1], got {list(x.shape)}")
+    if cu_seqlens_kv.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_kv: expected shape {list(cu_seqlens_q.shape)} like cu_seqlens_q, "
+            f"got {list(cu_seqlens_kv.shape)}"
+        )
+
+
+def _integers(name, x, q):
     tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected dtype int32 or int64, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-    if x.shape != (q.shape[0],):
-        raise ValueError(f"{name}: expected shape [{q.shape[0]}] (batch), got {list(x.shape)}")
+
+
+def max_seqlen(name, x):
+    if x is None:
+        return
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected None or an integer, got {type(x).__name__}")
+    if x < 0:
+        raise ValueError(f"{name}: expected None or an integer >= 0, got {x}")
 
 
 def block_table(x, q, k):
@@ -193,8 +221,8 @@ def sink(x, q):
         )
     if x.device != q.device:
         raise ValueError(f"sink: expected q's device {q.device}, got {x.device}")
-    if x.shape != (q.shape[2],):
-        raise ValueError(f"sink: expected shape [{q.shape[2]}] (num_heads_q), got {list(x.shape)}")
+    if x.shape != (q.shape[-2],):
+        raise ValueError(f"sink: expected shape [{q.shape[-2]}] (num_heads_q), got {list(x.shape)}")
 
 
 def choice(name, value, allowed):
@@ -246,12 +274,12 @@ def native(name, x, otherwise=""):
         )
 
 
-def no_cuda_backward(*tensors):
+def no_cuda_backward(*tensors, op="attention_bwd"):
     """Refuse what could not be differentiated before it is computed."""
     if tensors[0].device.type == "cuda" and torch.is_grad_enabled():
         if any(x is not None and x.requires_grad for x in tensors):
             raise NotImplementedError(
-                "attention_bwd: no CUDA kernel yet; for inference use torch.no_grad(), to train "
+                f"{op}: no CUDA kernel yet; for inference use torch.no_grad(), to train "
                 "impl='reference', or the CPU"
             )
 

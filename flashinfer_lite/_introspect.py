@@ -15,6 +15,7 @@ from flashinfer_lite.dataflow.choice import explain_choice, report
 from flashinfer_lite.decode import check_decode, decode
 from flashinfer_lite.gemm import KERNELS as FLAT_KERNELS
 from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
+from flashinfer_lite.varlen import attention_varlen, check_varlen, longest_sequence
 
 NOT_LANDED = (
     "dropout_p",
@@ -22,7 +23,9 @@ NOT_LANDED = (
 )
 
 
-KERNELS = {"attention": "attention_fwd", "decode": "decode"}  # op -> what plan calls it
+OPS = {"attention": attention, "attention_varlen": attention_varlen, "decode": decode}
+# op -> what plan calls it
+KERNELS = {"attention": "attention_fwd", "attention_varlen": "attention_fwd", "decode": "decode"}
 # Rows of x by rows of the weight, both at most, of a block on the CPU.
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
@@ -81,7 +84,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     """What `op(*args, **kwargs)` would run, without running it.
 
     Args:
-        op: flashinfer_lite.attention, decode or flat_linear, or its name.
+        op: flashinfer_lite.attention, attention_varlen, decode or flat_linear, or its name.
         *args, **kwargs: the op's own arguments, checked as the op would. With process_group what
             this rank runs on its part of the keys; nothing is asked of the others.
 
@@ -95,11 +98,11 @@ def explain(op, *args, **kwargs) -> Explanation:
     name = getattr(op, "__name__", op)
     if name == "flat_linear":
         return _explain_flat_linear(*args, **kwargs)
-    if name not in ("attention", "decode"):
-        raise ValueError(f"op: expected attention, decode or flat_linear, got {op!r}")
-    bound = inspect.signature({"attention": attention, "decode": decode}[name]).bind(
-        *args, **kwargs
-    )
+    if name not in OPS:
+        raise ValueError(
+            f"op: expected attention, attention_varlen, decode or flat_linear, got {op!r}"
+        )
+    bound = inspect.signature(OPS[name]).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     names = list(given)[:3]
@@ -110,7 +113,11 @@ def explain(op, *args, **kwargs) -> Explanation:
     q, k, v = _check.under_autocast(*(given[n] for n in names))
     common = ("causal", "window", "softmax_scale", "softcap", "mask", "kv_start", "seqlens_kv")
     table = given.get("block_table")
-    prepare(q, k, v, *(given[n] for n in common), names, table)
+    if name == "attention_varlen":
+        own = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
+        check_varlen(q, k, v, *(given[n] for n in (*own, *common)))
+    else:
+        prepare(q, k, v, *(given[n] for n in common), names, table)
     _check.unified(given["softmax"], given["phi"], q)
     _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
     _check.sink(given["sink"], q)
@@ -119,18 +126,24 @@ def explain(op, *args, **kwargs) -> Explanation:
         check_decode(q, k, v, given["mask"], given["sink"], splits, invariant, given["out"])
     if table is not None:
         k, v = (_spread_pages(x, table) for x in (k, v))
-    if _check.impl(given["impl"], q):
+    reference_runs = _check.impl(given["impl"], q)
+    if name == "attention_varlen":
+        q, k, v = _one_sequence(q, k, v, given["cu_seqlens_q"], given["cu_seqlens_kv"])
+    if reference_runs:
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
 
     if name == "attention":
         _check.no_cuda_backward(q, k, v, given["mask"])
+    elif name == "attention_varlen":
+        _check.no_cuda_backward(q, k, v, op="attention_varlen_bwd")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"q: expected a CPU or CUDA tensor to explain, got one on {q.device}")
     if q.device.type == "cuda":
         return _explain_cuda(name, q, k, v, splits, invariant)
     longest, end, start = k.shape[1], given["seqlens_kv"], given["kv_start"]
-    if q.shape[0] and (end is not None or start is not None):
+    never_splits = name == "attention_varlen"
+    if not never_splits and q.shape[0] and (end is not None or start is not None):
         visible = (longest if end is None else end) - (0 if start is None else start)
         longest = max(int(visible.max()), 0)
     return _explain_cpu(name, q, k, v, longest, splits, invariant)
@@ -141,6 +154,14 @@ def _spread_pages(cache, block_table):
     batch_size, pages = block_table.shape
     shape = batch_size, pages * cache.shape[1], *cache.shape[2:]
     return cache.as_strided(shape, (0, 0, *cache.stride()[2:]))
+
+
+def _one_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv):
+    """One that stands for all of a ragged batch: the longest, or, where reading the offsets would
+    wait for a device, all of them."""
+    if q.device.type == "cpu":
+        return longest_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+    return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
 
 
 def _explain_flat_linear(*args, **kwargs):

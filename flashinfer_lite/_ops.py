@@ -16,7 +16,9 @@ NOT_BUILT = (
 
 # Schemas. causal: 0 none, 1 bottom_right, 2 top_left. softcap 0 is off. A window of -1 is open.
 # phi or phi_heads (never both) is the unified maximum; neither is the online softmax.
-_INPUTS = "Tensor? mask, Tensor? kv_start, Tensor? seqlens_kv"
+_LENGTHS = "Tensor? kv_start, Tensor? seqlens_kv"
+_INPUTS = f"Tensor? mask, {_LENGTHS}"
+_RAGGED = f"Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_LENGTHS}"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
 _PHI = "float? phi=None, Tensor? phi_heads=None"
 _DECODE = f"{_PHI}, Tensor? block_table=None"
@@ -25,6 +27,10 @@ SCHEMAS = {
     "-> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_RAGGED}, {_SCORES}, "
+    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PHI}) -> (Tensor, Tensor)",
+    "attention_varlen_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_RAGGED}, {_SCORES}) -> (Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
     f"bool batch_invariant, {_DECODE}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
@@ -84,6 +90,8 @@ if not built:
 
 attention_fwd = _namespace.attention_fwd.default
 attention_bwd = _namespace.attention_bwd.default
+attention_varlen_fwd = _namespace.attention_varlen_fwd.default
+attention_varlen_bwd = _namespace.attention_varlen_bwd.default
 decode = _namespace.decode.default
 decode_out = _namespace.decode.out
 plan = _namespace.plan.default
@@ -151,6 +159,20 @@ def _(q, k, v, mask, kv_start, seqlens_kv, *rest):
     return _fake_attention(q, v, k, mask, kv_start, seqlens_kv, *_tensors(rest))
 
 
+@torch.library.register_fake("flashinfer_lite::attention_varlen_fwd")
+def _(q, k, v, cu_seqlens_q, cu_seqlens_kv, *rest):
+    _one_device(q, k, v, cu_seqlens_q, cu_seqlens_kv, *_tensors(rest))
+    total_q, num_heads_q, _ = q.shape
+    out = q.new_empty(total_q, num_heads_q, v.shape[-1])
+    return out, q.new_empty(num_heads_q, total_q, dtype=accumulator_dtype(q.dtype))
+
+
+@torch.library.register_fake("flashinfer_lite::attention_varlen_bwd")
+def _(dout, dlse, q, k, v, *rest):
+    _one_device(dout, dlse, q, k, v, *_tensors(rest))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 @torch.library.register_fake("flashinfer_lite::decode")
 def _(q, k_cache, v_cache, mask, kv_start, seqlens_kv, *rest):
     return _fake_attention(q, v_cache, k_cache, mask, kv_start, seqlens_kv, *_tensors(rest))
@@ -204,17 +226,21 @@ def _save_attention(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _as_read(dout, dlse, out):
+    """The gradients of out and lse as the backward reads them; one of them is there."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    return dout, None if dlse is None else dlse.contiguous()
+
+
 def _attention_backward(ctx, dout, dlse):
     q, k, v, mask, kv_start, seqlens_kv, out, lse = ctx.saved_tensors
     none = [None] * 10  # of the inputs from mask on
     if dout is None and dlse is None:
         return None, None, None, *none
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif dout.stride(-1) != 1:  # the gradient of a sum is one number, expanded
-        dout = dout.contiguous()
-    if dlse is not None:
-        dlse = dlse.contiguous()
+    dout, dlse = _as_read(dout, dlse, out)
     wants_dmask = mask is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dmask = attention_bwd(
         dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *ctx.scalars, wants_dmask
@@ -227,13 +253,34 @@ torch.library.register_autograd(
 )
 
 
+def _save_varlen(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.scalars = inputs[7:12]
+    ctx.set_materialize_grads(False)
+
+
+def _varlen_backward(ctx, dout, dlse):
+    q, k, v, *offsets, out, lse = ctx.saved_tensors
+    none = [None] * 13  # of the inputs from cu_seqlens_q on
+    if dout is None and dlse is None:
+        return None, None, None, *none
+    dout, dlse = _as_read(dout, dlse, out)
+    return *attention_varlen_bwd(dout, dlse, q, k, v, out, lse, *offsets, *ctx.scalars), *none
+
+
+torch.library.register_autograd(
+    "flashinfer_lite::attention_varlen_fwd", _varlen_backward, setup_context=_save_varlen
+)
+
+
 def _refuse_double_backward(ctx, *grads):
     raise NotImplementedError(
         "flashinfer_lite has no second derivative: use reference.attention for double backward"
     )
 
 
-torch.library.register_autograd("flashinfer_lite::attention_bwd", _refuse_double_backward)
+for _name in ("attention_bwd", "attention_varlen_bwd"):
+    torch.library.register_autograd(f"flashinfer_lite::{_name}", _refuse_double_backward)
 
 
 def _save_merge(ctx, inputs, output):

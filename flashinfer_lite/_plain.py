@@ -13,8 +13,23 @@ from torch.compiler import is_compiling
 REFUSALS = (RuntimeError, IndexError, ZeroDivisionError)  # of the ops, and of q's head_dim
 
 
-def call(op, q, k, v, causal, window, softmax_scale, softcap, kv_start, seqlens_kv, *rest):
-    """op's (out, lse) without mask and phi, or None where checks must come first."""
+def call(
+    op,
+    q,
+    k,
+    v,
+    causal,
+    window,
+    softmax_scale,
+    softcap,
+    kv_start,
+    seqlens_kv,
+    *rest,
+    behind_v=(None,),
+):
+    """op's (out, lse) without mask and phi, or None where checks must come first. `behind_v` is
+    what the op takes between v and kv_start, checked as far as only Python can: the mask's None, or
+    a ragged batch's offsets."""
     if (
         not type(q) is type(k) is type(v) is Tensor
         or (causal is not False and causal is not True)
@@ -35,7 +50,7 @@ def call(op, q, k, v, causal, window, softmax_scale, softcap, kv_start, seqlens_
     try:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return op(
-            *(q, k, v, None, kv_start, seqlens_kv),
+            *(q, k, v, *behind_v, kv_start, seqlens_kv),
             *(scale, softcap or 0.0, int(causal), window[0], window[1], *rest),
         )
     except REFUSALS:

@@ -11,10 +11,13 @@ import torch
 from flashinfer_lite import _ops
 
 
-def fold(out, lse, sink, wants_lse=True):
+def fold(out, lse, sink, wants_lse=True, rows=None):
     """(out', lse') for out [batch, seqlen_q, num_heads_q, head_dim_v], lse [batch, num_heads_q,
-    seqlen_q] and sink [num_heads_q]; out' is rounded to out's dtype, lse' None if not wanted."""
+    seqlen_q] and sink [num_heads_q]; out' is rounded to out's dtype, lse' None if not wanted.
+    `rows`: bool [seqlen_q], the rows that have a sink at all; None is every one."""
     score = sink.to(lse.dtype).unsqueeze(-1).expand_as(lse)
+    if rows is not None:
+        score = torch.where(rows, score, -torch.inf)
     # exp(lse - lse') by merging a state that holds 1 with one that holds 0. Our own op, because the
     # bits of torch's exp on a CPU depend on where in a tensor a number stands; it knows -inf, but
     # inf - inf is NaN.

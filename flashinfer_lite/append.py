@@ -56,7 +56,7 @@ def append_kv(
     _check_tensors(k_cache, v_cache, k, v, paged=block_table is not None)
     if seqlens_kv is None:
         raise TypeError("seqlens_kv: expected a torch.Tensor, got NoneType")
-    _check.lengths("seqlens_kv", seqlens_kv, k)
+    _check.lengths("seqlens_kv", seqlens_kv, k, k.shape[0])
     _check.block_table(block_table, k, k_cache)
     _check_rotary(rotary_cos, rotary_sin, k)
     if not isinstance(rotary_interleaved, bool):

@@ -176,8 +176,8 @@ def prepare(
     scores = _check.scores(q, causal, window, softmax_scale, softcap)
     seqlen_kv = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
     mask = _check.mask(mask, q, seqlen_kv)
-    _check.lengths("kv_start", kv_start, q)
-    _check.lengths("seqlens_kv", seqlens_kv, q)
+    _check.lengths("kv_start", kv_start, q, q.shape[0])
+    _check.lengths("seqlens_kv", seqlens_kv, q, q.shape[0])
     return q, k, v, mask, kv_start, seqlens_kv, *scores
 
 
@@ -199,17 +199,4 @@ def run_reference(arguments, sink, block_table=None):
         kv_start=kv_start,
         seqlens_kv=seqlens_kv,
         return_lse=True,
-    )
-
-
-def attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q=None, max_seqlen_kv=None, **kwargs
-):
-    """Attention over packed sequences of different lengths. Not implemented yet.
-
-    Raises:
-        NotImplementedError: always; pad the batch and pass kv_start or seqlens_kv to attention.
-    """
-    raise NotImplementedError(
-        "attention_varlen: not implemented yet; pad the batch and pass seqlens_kv to attention"
     )

@@ -6,8 +6,8 @@ Differences, all of them on purpose: a query row that sees no key has an lse of 
 +inf) and the third result of ``return_attn_probs`` is always None, for there is no dropout mask to
 return. float32 works too, on the CPU also float64, and head_dim_v may differ from head_dim.
 
-An argument is applied or refused: what has not landed (dropout, ALiBi, variable lengths, and for
-now gradients on CUDA) raises NotImplementedError with its name.
+An argument is applied or refused: what has not landed (dropout, ALiBi, and for now gradients on
+CUDA) raises NotImplementedError with its name.
 """
 
 import torch
@@ -16,6 +16,7 @@ from flashinfer_lite import _check
 from flashinfer_lite.append import append_kv, rotate
 from flashinfer_lite.attention import attention
 from flashinfer_lite.decode import decode
+from flashinfer_lite.varlen import attention_varlen
 
 
 def flash_attn_func(
@@ -159,8 +160,47 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Not implemented yet: sequences of different lengths in one [total, num_heads, head_dim]."""
-    raise NotImplementedError("flash_attn_varlen_func: not implemented yet")
+    """`flash_attn_func` of each sequence of a ragged batch: sequences behind one another.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim]; num_heads_kv divides num_heads_q.
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], where the sequences begin and the
+            last one ends, in q and in k and v.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; None asks nothing.
+        block_table: must be None until paged caches land.
+        The rest: as `flash_attn_func`.
+
+    Returns:
+        out [total_q, num_heads_q, head_dim_v]; with return_attn_probs (out, lse, None) with lse
+        float32 (float64 for float64) [num_heads_q, total_q], natural logarithm. Rows behind the
+        last sequence have out 0 and lse -inf.
+
+    >>> q = torch.randn(7, 4, 64); kv = torch.randn(9, 2, 64)
+    >>> cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 5, 7]), torch.tensor([0, 5, 9])
+    >>> flash_attn_varlen_func(q, kv, kv, cu_seqlens_q, cu_seqlens_k, 5, 5, causal=True).shape
+    torch.Size([7, 4, 64])
+    """
+    _check.not_landed(block_table=block_table)
+    out, lse = attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=bool(causal),
+        window=_window(window_size),
+        softmax_scale=softmax_scale,
+        softcap=None if softcap == 0.0 else softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        return_lse=True,
+    )
+    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -179,8 +219,31 @@ def flash_attn_varlen_kvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Not implemented yet, see `flash_attn_varlen_func`."""
-    raise NotImplementedError("flash_attn_varlen_kvpacked_func: not implemented yet")
+    """`flash_attn_varlen_func` with kv [total_k, 2, num_heads_kv, head_dim], read in place.
+
+    >>> q = torch.randn(7, 4, 64); kv = torch.randn(9, 2, 1, 64)
+    >>> cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 5, 7]), torch.tensor([0, 5, 9])
+    >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, 5, 5).shape
+    torch.Size([7, 4, 64])
+    """
+    k, v = _unpack("kv", kv, 2, "total")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -196,8 +259,30 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Not implemented yet, see `flash_attn_varlen_func`."""
-    raise NotImplementedError("flash_attn_varlen_qkvpacked_func: not implemented yet")
+    """`flash_attn_varlen_func` with qkv [total, 3, num_heads, head_dim], read in place.
+
+    >>> cu_seqlens = torch.tensor([0, 5, 7])
+    >>> flash_attn_varlen_qkvpacked_func(torch.randn(7, 3, 4, 64), cu_seqlens, 5).shape
+    torch.Size([7, 4, 64])
+    """
+    q, k, v = _unpack("qkv", qkv, 3, "total")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
 def flash_attn_with_kvcache(
@@ -270,7 +355,7 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             raise ValueError("cache_batch_idx: expected None with block_table, got one")
         # A cache of whole sequences is one of pages as long as they are.
-        _check.lengths("cache_batch_idx", cache_batch_idx, q)
+        _check.lengths("cache_batch_idx", cache_batch_idx, q, q.shape[0])
         block_table = cache_batch_idx.unsqueeze(1)
     window = _window(window_size)
     if k is not None:
@@ -314,7 +399,7 @@ def flash_attn_with_kvcache(
 def _cache_seqlens(cache_seqlens, q):
     """The lengths as a tensor [batch], or None."""
     if cache_seqlens is None or torch.is_tensor(cache_seqlens):
-        _check.lengths("cache_seqlens", cache_seqlens, q)
+        _check.lengths("cache_seqlens", cache_seqlens, q, q.shape[0])
         return cache_seqlens
     if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(
@@ -332,12 +417,13 @@ def _window(window_size):
     return tuple(-1 if side is None else side for side in window_size)
 
 
-def _unpack(name, packed, count):
+def _unpack(name, packed, count, rows="batch, seqlen"):
     if not torch.is_tensor(packed):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(packed).__name__}")
-    if packed.dim() != 5 or packed.shape[2] != count:
+    dims = 3 + len(rows.split(", "))
+    if packed.dim() != dims or packed.shape[-3] != count:
         raise ValueError(
-            f"{name}: expected shape [batch, seqlen, {count}, num_heads, head_dim], "
+            f"{name}: expected shape [{rows}, {count}, num_heads, head_dim], "
             f"got {list(packed.shape)}"
         )
-    return packed.unbind(2)
+    return packed.unbind(-3)

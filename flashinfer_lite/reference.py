@@ -18,6 +18,7 @@ way.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -194,6 +195,92 @@ def attention(
     if sink is not None:
         lse = torch.where(whole, sink.to(lse.dtype), lse)
     return out, torch.where(alive, lse, -math.inf).squeeze(-1)
+
+
+def attention_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_kv,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    *,
+    kv_start=None,
+    seqlens_kv=None,
+    return_lse=False,
+    dtype=None,
+    **arguments,
+):
+    """`attention` of each sequence of a ragged batch.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim]; sequence b has rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1].
+        k, v: [total_kv, num_heads_kv, head_dim or head_dim_v], likewise by cu_seqlens_kv.
+        cu_seqlens_q, cu_seqlens_kv: int [batch + 1].
+        max_seqlen_q, max_seqlen_kv: None, or at least the longest sequence.
+        kv_start, seqlens_kv: int [batch], counted from the sequence's first key.
+        arguments: causal, window, softmax_scale, softcap, sink as `attention` has them.
+
+    Returns:
+        out [total_q, num_heads_q, head_dim_v]; with return_lse also lse [num_heads_q, total_q].
+        Rows of no sequence have out 0 and lse -inf, with a sink too.
+
+    Raises:
+        ValueError: offsets that do not ascend within the tensors, a sequence that is longer than
+            said, and what `attention` raises.
+
+    >>> q = torch.randn(5, 4, 8); offsets = torch.tensor([0, 2, 5])
+    >>> attention_varlen(q, q, q, offsets, offsets, causal=True).shape
+    torch.Size([5, 4, 8])
+    """
+    dtype = dtype or q.dtype
+    starts_q = offsets("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
+    starts_kv = offsets("cu_seqlens_kv", cu_seqlens_kv, len(k), max_seqlen_kv)
+
+    def tail(count):
+        lse_dtype = torch.promote_types(dtype, torch.float32)
+        lse = q.new_full((q.shape[1], count), -math.inf, dtype=lse_dtype)
+        return q.new_zeros(count, q.shape[1], v.shape[2], dtype=dtype), lse
+
+    results = [tail(starts_q[0])]
+    for b in range(len(starts_q) - 1):
+        rows = slice(starts_q[b], starts_q[b + 1])
+        keys = slice(starts_kv[b], starts_kv[b + 1])
+        out, lse = attention(
+            q[None, rows],
+            k[None, keys],
+            v[None, keys],
+            kv_start=None if kv_start is None else kv_start[b : b + 1],
+            seqlens_kv=None if seqlens_kv is None else seqlens_kv[b : b + 1],
+            return_lse=True,
+            dtype=dtype,
+            **arguments,
+        )
+        results.append((out[0], lse[0]))
+    results.append(tail(len(q) - starts_q[-1]))
+    outs, lses = zip(*results, strict=True)
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, 1)) if return_lse else out
+
+
+def offsets(name, cu_seqlens, total, longest=None):
+    """The values of cu_seqlens, or ValueError: ascending in [0, total], at most `longest` apart.
+
+    >>> offsets("cu_seqlens_q", torch.tensor([0, 2, 5]), 5)
+    [0, 2, 5]
+    """
+    values = cu_seqlens.tolist()
+    if values != sorted(values) or values[0] < 0 or values[-1] > total:
+        raise ValueError(f"{name}: expected ascending values in [0, {total}], got {values}")
+    for b, (begin, end) in enumerate(pairwise(values)):
+        if longest is not None and end - begin > longest:
+            raise ValueError(
+                f"{name.replace('cu_seqlens', 'max_seqlen')}: expected at least {end - begin}, the "
+                f"length of sequence {b}, got {longest}"
+            )
+    return values
 
 
 def _select_scores(q, k, visible):

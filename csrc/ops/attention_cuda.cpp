@@ -1,4 +1,4 @@
-// attention_fwd on CUDA devices; attention_bwd has no kernel there yet and says so.
+// attention_fwd on CUDA devices; the others have no kernel there yet and say so.
 #include <tuple>
 
 #include "ops/runtime_cuda.h"
@@ -41,10 +41,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
       "CPU");
 }
 
+std::tuple<Tensor, Tensor> attention_varlen_fwd(
+    const Tensor& /*q*/, const Tensor& /*k*/, const Tensor& /*v*/, const Tensor& /*cu_seqlens_q*/,
+    const Tensor& /*cu_seqlens_kv*/, const std::optional<Tensor>& /*kv_start*/,
+    const std::optional<Tensor>& /*seqlens_kv*/, double /*softmax_scale*/, double /*softcap*/,
+    int64_t /*causal*/, int64_t /*window_left*/, int64_t /*window_right*/,
+    std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_kv*/,
+    const std::optional<double>& /*phi*/, const std::optional<Tensor>& /*phi_heads*/) {
+  fail("attention_varlen_fwd: no CUDA kernel yet; impl='reference' runs on CUDA tensors");
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
+    const Tensor& /*dout*/, const std::optional<Tensor>& /*dlse*/, const Tensor& /*q*/,
+    const Tensor& /*k*/, const Tensor& /*v*/, const Tensor& /*out*/, const Tensor& /*lse*/,
+    const Tensor& /*cu_seqlens_q*/, const Tensor& /*cu_seqlens_kv*/,
+    const std::optional<Tensor>& /*kv_start*/, const std::optional<Tensor>& /*seqlens_kv*/,
+    double /*softmax_scale*/, double /*softcap*/, int64_t /*causal*/, int64_t /*window_left*/,
+    int64_t /*window_right*/) {
+  fail(
+      "attention_varlen_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or train "
+      "on the CPU");
+}
+
 }  // namespace
 }  // namespace flashinfer_lite
 
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_lite, CUDA, m) {
   m.impl("attention_fwd", FIL_BOX(flashinfer_lite::attention_fwd));
   m.impl("attention_bwd", FIL_BOX(flashinfer_lite::attention_bwd));
+  m.impl("attention_varlen_fwd", FIL_BOX(flashinfer_lite::attention_varlen_fwd));
+  m.impl("attention_varlen_bwd", FIL_BOX(flashinfer_lite::attention_varlen_bwd));
 }

@@ -317,7 +317,7 @@ class _Call:
         for name, setter in (("kv_start", p.set_kv_start), ("seqlens_kv", p.set_seqlens_kv)):
             x = {"kv_start": kv_start, "seqlens_kv": seqlens_kv}[name]
             if x is not None:
-                _check.lengths(name, x, q)
+                _check.lengths(name, x, q, q.shape[0])
                 x = self.memory.copy_of(name, x)
                 setter((x.data_ptr(), x.dtype == torch.int64, x.stride(0)))
 
