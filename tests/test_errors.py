@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-import flashinfer_lite
 from flashinfer_lite import attention, decode, flat_linear, merge_states
 from flashinfer_lite.testing import assert_same_bits, force_isa, isa_levels, make_qkv, on_device
 
@@ -294,17 +293,6 @@ def test_flat_linear_dtypes_without_a_kernel(device):
     out = torch.zeros(2, 3, 7, device=device)[..., :5].transpose(0, 1)
     with pytest.raises(ValueError, match="^out: expected leading dimensions that merge"):
         flat_linear(X.to(device).unsqueeze(1).expand(3, 2, 8), WEIGHT.to(device), out=out)
-
-
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("attention_varlen", [None] * 5),
-    ],
-)
-def test_functions_that_have_not_landed(device, name, arguments):
-    with pytest.raises(NotImplementedError, match=f"^{name}: "):
-        getattr(flashinfer_lite, name)(*arguments)
 
 
 def test_forcing_an_absent_level_lists_those_present(device):

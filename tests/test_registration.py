@@ -14,6 +14,11 @@ from flashinfer_lite.testing import make_mask, make_qkv
 OPS = {
     "attention_fwd": ("Tensor q, Tensor k, Tensor v", True),
     "attention_bwd": ("Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v", True),
+    "attention_varlen_fwd": (
+        "Tensor cu_seqlens_q, Tensor cu_seqlens_kv, Tensor? kv_start, Tensor? seqlens_kv",
+        True,
+    ),
+    "attention_varlen_bwd": ("Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_kv", True),
     "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
     "decode.out": (
         "Tensor(a!) out, Tensor(b!) lse, float? phi=None, Tensor? phi_heads=None, "
@@ -42,6 +47,7 @@ CPP_TYPES = {
     "str": "std::string",
     "Optional[Tensor]": "std::optional<Tensor>",
     "Optional[float]": "std::optional<double>",
+    "Optional[int]": "std::optional<int64_t>",
     "Optional[str]": "std::optional<std::string>",
 }
 SCALARS = (0.25, 0.0, 1, -1, -1)

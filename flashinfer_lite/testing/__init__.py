@@ -9,7 +9,7 @@ simt        the CUDA kernels on the executor (`make simt`)
 """
 
 from flashinfer_lite.testing.check import check_backward, check_forward
-from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv, on_device
+from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv, make_varlen, on_device
 from flashinfer_lite.testing.isa import ALL_LEVELS, EMULATED, current_isa, force_isa, isa_levels
 from flashinfer_lite.testing.poison import Guarded, guarded
 from flashinfer_lite.testing.tolerance import (
@@ -38,5 +38,6 @@ __all__ = [
     "isa_levels",
     "make_mask",
     "make_qkv",
+    "make_varlen",
     "on_device",
 ]

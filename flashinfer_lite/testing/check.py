@@ -17,9 +17,11 @@ def check_forward(op, q, k, v, *, strict=False, **arguments):
     """Compare ``op(q, k, v, **arguments, return_lse=True)`` with the oracle.
 
     Args:
-        op: a function like `flashinfer_lite.attention`; bind what the oracle does not know first.
+        op: a function like `flashinfer_lite.attention`, or `attention_varlen`, whose tensors have
+            no batch dimension; bind what the oracle does not know first.
         strict: hold it to the strict rule too.
-        arguments: causal, window, softmax_scale, softcap, mask, sink, kv_start, seqlens_kv.
+        arguments: causal, window, softmax_scale, softcap, mask, sink, kv_start, seqlens_kv; of a
+            ragged batch cu_seqlens_q and cu_seqlens_kv.
 
     Returns:
         (out, lse) of the op.
@@ -70,14 +72,14 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         grads = (dout.to(out.dtype), dlse.to(lse.dtype)) if with_lse else (dout.to(out.dtype),)
         return torch.autograd.grad((out, lse)[: len(grads)], leaves, grads)
 
-    batch_size, seqlen_q, num_heads_q, _ = q.shape
+    *batch, seqlen_q, num_heads_q, _ = q.shape
     if dout is None:
-        dout = torch.randn(batch_size, seqlen_q, num_heads_q, v.shape[-1], device=q.device) + 0.5
+        dout = torch.randn(*q.shape[:-1], v.shape[-1], device=q.device) + 0.5
         dout = dout.to(q.dtype)
-    dlse = torch.randn(batch_size, num_heads_q, seqlen_q, device=q.device)
+    dlse = torch.randn(*batch, num_heads_q, seqlen_q, device=q.device)
 
     def oracle_run(*tensors, **kwargs):
-        return reference.attention(*tensors, **kwargs, return_lse=True)
+        return _oracle(q)(*tensors, **kwargs, return_lse=True)
 
     actual = gradients(lambda *t, **kw: op(*t, **kw, return_lse=True), None)
     oracle = gradients(oracle_run, torch.float64)
@@ -90,7 +92,7 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         assert_close(x, ref, e, name, gradient=True, terms=terms)
     if additive:
         # The sum over broadcast dimensions cancels: what it rounds is the size of its terms.
-        full = (batch_size, num_heads_q, seqlen_q, k.shape[1])
+        full = (*batch, num_heads_q, seqlen_q, k.shape[1])
         arguments["mask"] = mask.detach().expand(full)
         terms = gradients(oracle_run, torch.float64)[3].abs().sum_to_size(_padded(mask.shape))
         terms = slack * terms.max().item() if terms.numel() else 0.0
@@ -101,8 +103,8 @@ def check_backward(op, q, k, v, *, strict=False, dout=None, with_lse=True, **arg
         # A sum over all rows of a head, which cancels likewise: p_sink (dlse - dout . out).
         out, lse = _detached(q, k, v, {**arguments, "sink": sink}, torch.float64)
         share = torch.where(lse == -torch.inf, 0, torch.exp(sink.detach().double()[:, None] - lse))
-        size = (dout.double() * out).abs().sum(-1).transpose(1, 2) + dlse.double().abs()
-        terms = slack * _largest_finite((share * size).sum((0, 2)))
+        size = (dout.double() * out).abs().sum(-1).transpose(-1, -2) + dlse.double().abs()
+        terms = slack * _largest_finite((share * size).sum(-1).reshape(-1, num_heads_q).sum(0))
         dtype = max(q.dtype, sink.dtype, key=lambda d: torch.finfo(d).eps)
         names = {"name": "dsink", "dtype": dtype, "terms": terms, "gradient": True}
         assert_close(actual[-1], oracle[-1], eager[-1], **names)
@@ -114,9 +116,13 @@ def _padded(shape):
     return (1,) * (4 - len(shape)) + tuple(shape)
 
 
+def _oracle(q):
+    return reference.attention if q.dim() == 4 else reference.attention_varlen
+
+
 def _detached(q, k, v, arguments, dtype):
     with torch.no_grad():
-        return reference.attention(q, k, v, **arguments, return_lse=True, dtype=dtype)
+        return _oracle(q)(q, k, v, **arguments, return_lse=True, dtype=dtype)
 
 
 def _score_size(q, k, v, arguments):
@@ -124,8 +130,8 @@ def _score_size(q, k, v, arguments):
     lse = _largest_finite(_detached(q, k, v, arguments, torch.float64)[1])
     scale = arguments.get("softmax_scale")
     scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    k = k.detach().double().repeat_interleave(q.shape[2] // max(k.shape[2], 1), 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.detach().double(), k)
+    k = k.detach().double().repeat_interleave(q.shape[-2] // max(k.shape[-2], 1), -2)
+    scores = torch.einsum("...qhd,...khd->...hqk", q.detach().double(), k)
     return max(
         lse, scale * _largest_finite(scores) / min(arguments.get("softcap") or 1.0, 1.0), 1.0
     )

@@ -116,6 +116,46 @@ def make_qkv(
     return q, k, v
 
 
+def make_varlen(
+    lengths_q,
+    lengths_kv=None,
+    num_heads_q=4,
+    num_heads_kv=2,
+    head_dim=64,
+    head_dim_v=None,
+    *,
+    tails=(0, 0),
+    offsets_dtype=torch.int32,
+    device="cpu",
+    **options,
+):
+    """(q, k, v, offsets): a ragged batch, and the arguments that say where its sequences lie.
+
+    Args:
+        lengths_q, lengths_kv: how many queries and keys each sequence has; alike by default.
+        tails: so many rows before the first sequence and behind the last hold NaN.
+        options: dtype, layout, mean and logits as `make_qkv` has them.
+
+    >>> q, k, v, offsets = make_varlen([3, 0, 2], [4, 1, 0])
+    >>> q.shape[0], offsets["cu_seqlens_kv"].tolist()
+    (5, [0, 4, 5, 5])
+    """
+    before, behind = tails
+    starts = [
+        torch.tensor([before, *lengths]).cumsum(0)
+        for lengths in (lengths_q, lengths_q if lengths_kv is None else lengths_kv)
+    ]
+    totals = [int(x[-1]) + behind for x in starts]
+    heads = num_heads_q, num_heads_kv, head_dim, head_dim_v
+    q, k, v = (x[0] for x in make_qkv(1, *totals, *heads, device=device, **options))
+    if any(tails):
+        for x, cu in ((q, starts[0]), (k, starts[1]), (v, starts[1])):
+            x[:before] = math.nan
+            x[cu[-1] :] = math.nan
+    offsets = [x.to(device, offsets_dtype) for x in starts]
+    return q, k, v, dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), offsets, strict=True))
+
+
 def make_mask(kind, shape, *, dtype=torch.float32, device="cpu", hidden=0.3, empty_rows=True):
     """A mask of the given shape.
 
