@@ -40,6 +40,8 @@ def base(op, device):
     if op == "attention_bwd":
         first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
         return {**first, "out": out, "lse": lse, **optional, **SCALARS, "wants_dmask": False}
+    if op.startswith("attention_varlen"):
+        return ragged_base(op, device)
     if op.startswith("flat_linear"):
         x, weight, bias = (
             torch.randn(shape, device=device).bfloat16() for shape in ((5, 40), (24, 40), (24,))
@@ -51,6 +53,22 @@ def base(op, device):
     call = {"q": q, "k_cache": k, "v_cache": v, **optional, **SCALARS}
     call |= {"kv_splits": 0, "batch_invariant": False}
     return {**call, "out": out, "lse": lse, **PHI} if op == "decode.out" else {**call, **PHI}
+
+
+def ragged_base(op, device):
+    """Sequences of 2, 0 and 4 queries, 5, 1 and 3 keys, and a row of tail at each end."""
+    q, k = torch.randn(8, 4, 16, device=device), torch.randn(11, 2, 16, device=device)
+    v, out = torch.randn(11, 2, 24, device=device), torch.randn(8, 4, 24, device=device)
+    offsets = {
+        "cu_seqlens_q": torch.tensor([1, 3, 3, 7], device=device),
+        "cu_seqlens_kv": torch.tensor([1, 6, 7, 10], dtype=torch.int32, device=device),
+    }
+    rest = {**offsets, "kv_start": None, "seqlens_kv": None, **SCALARS}
+    if op == "attention_varlen_fwd":
+        longest = {"max_seqlen_q": None, "max_seqlen_kv": None}
+        return {"q": q, "k": k, "v": v, **rest, **longest, **PHI}
+    first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
+    return {**first, "out": out, "lse": torch.randn(4, 8, device=device), **rest}
 
 
 def run(op, arguments):
@@ -70,8 +88,13 @@ def run(op, arguments):
             assert_same_bits(arguments[n], old, n)
 
 
-backward = pytest.param("attention_bwd", marks=pytest.mark.gradients)
+backward, ragged_backward = (
+    pytest.param(name, marks=pytest.mark.gradients)
+    for name in ("attention_bwd", "attention_varlen_bwd")
+)
 ALL = ["attention_fwd", backward, "decode", "decode.out", "merge_states"]
+RAGGED = ["attention_varlen_fwd", ragged_backward]
+ALL += RAGGED
 ALL += ["flat_linear", "flat_linear.out"]
 all_ops = pytest.mark.parametrize("op", ALL)
 
@@ -119,9 +142,10 @@ def test_one_wrong_tensor(device, isa, op):
             except ERRORS:
                 continue
             # What was accepted must be a good call of another size or stride, or of another dtype
-            # where one tensor decides it.
+            # where one tensor decides it, or more than one will do.
             assert bad.layout == torch.strided
-            assert bad.dtype == base(op, device)[name].dtype or name == "outs"
+            free = name == "outs" or (name in OFFSETS and bad.dtype == torch.int64)
+            assert free or bad.dtype == base(op, device)[name].dtype
 
 
 @all_ops
@@ -180,7 +204,9 @@ def test_lengths(device, isa, op, name, dtype):
         if not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max:
             continue
         for position in (0, 1):
-            lengths = torch.tensor([3, 3], dtype=dtype, device=device)
+            # A ragged batch has three sequences, of which the second has one key.
+            lengths = [3, 3] if "cu_seqlens_q" not in base(op, device) else [3, 1, 3]
+            lengths = torch.tensor(lengths, dtype=dtype, device=device)
             lengths[position] = value
             with pytest.raises(RuntimeError, match=f"{name}: .*got {value}"):
                 run(op, base(op, device) | {name: lengths})
@@ -191,23 +217,80 @@ def test_lengths(device, isa, op, name, dtype):
 def test_length_tensors(device, isa, op, name):
     if name not in base(op, device):
         return
-    for bad in [
-        torch.zeros(2, device=device),
-        torch.zeros(2, dtype=torch.int16, device=device),
-        torch.zeros(2, dtype=torch.bool, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-        torch.zeros(3, dtype=torch.int32, device=device),
-        torch.zeros(0, dtype=torch.int32, device=device),
-        torch.zeros((), dtype=torch.int32, device=device),
-        torch.zeros(2, 1, dtype=torch.int32, device=device),
-        torch.zeros(2, dtype=torch.int32, device="meta"),
-        torch.zeros(2, dtype=torch.int32, device=device).to_sparse(),
-    ]:
+    count = 3 if "cu_seqlens_q" in base(op, device) else 2
+    for bad in bad_integers(count, device):
         with pytest.raises(ERRORS):
             run(op, base(op, device) | {name: bad})
-    strided = torch.tensor([3, 99, 4, 99], dtype=torch.int32, device=device)[::2]
+    strided = torch.tensor([1, 99, 0, 99, 1, 99], dtype=torch.int32, device=device)[::2][:count]
     run(op, base(op, device) | {name: strided})
-    run(op, base(op, device) | {name: strided[:1].expand(2)})
+    run(op, base(op, device) | {name: strided[:1].expand(count)})
+
+
+def bad_integers(count, device):
+    """Tensors that are no `count` integers."""
+    return [
+        torch.zeros(count, device=device),
+        torch.zeros(count, dtype=torch.int16, device=device),
+        torch.zeros(count, dtype=torch.bool, device=device),
+        torch.zeros(count - 1, dtype=torch.int32, device=device),
+        torch.zeros(count + 1, dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.zeros((), dtype=torch.int32, device=device),
+        torch.zeros(count, 1, dtype=torch.int32, device=device),
+        torch.zeros(count, dtype=torch.int32, device="meta"),
+        torch.zeros(count, dtype=torch.int32, device=device).to_sparse(),
+    ]
+
+
+ragged_ops = pytest.mark.parametrize("op", RAGGED)
+OFFSETS = ("cu_seqlens_q", "cu_seqlens_kv")
+
+
+@ragged_ops
+@pytest.mark.parametrize("name", OFFSETS)
+def test_offset_tensors(device, isa, op, name):
+    for bad in bad_integers(4, device):
+        with pytest.raises(ERRORS):
+            run(op, base(op, device) | {name: bad})
+    strided = torch.tensor([1, 99, 2, 99, 2, 99, 6, 99], dtype=torch.int32, device=device)[::2]
+    run(op, base(op, device) | {name: strided})
+    run(op, base(op, device) | {name: strided[:1].expand(4)})
+    none = {n: base(op, device)[n][:0] for n in OFFSETS}
+    with pytest.raises(ERRORS, match=r"cu_seqlens_q: expected shape \[batch \+ 1\], got \[0\]"):
+        run(op, base(op, device) | none)
+
+
+@ragged_ops
+@pytest.mark.checks_values
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_offset_values(device, isa, op, name, dtype):
+    for value in [12, -1, *HUGE]:
+        if not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max:
+            continue
+        for position in range(4):
+            offsets = base(op, device)[name].to(dtype)
+            offsets[position] = value
+            with pytest.raises(RuntimeError, match=f"{name}: expected .*got {value} at {position}"):
+                run(op, base(op, device) | {name: offsets})
+    offsets = torch.tensor([1, 5, 4, 6], dtype=dtype, device=device)
+    message = f"{name}: expected ascending values, got 4 at 2 after 5"
+    with pytest.raises(RuntimeError, match=message):
+        run(op, base(op, device) | {name: offsets})
+
+
+@pytest.mark.checks_values
+def test_max_seqlens(device, isa):
+    op = "attention_varlen_fwd"
+    for name, length, longest in (("q", 4, 2), ("kv", 5, 0)):
+        for value in (length, length + 1, *(x for x in HUGE if x > 0)):
+            run(op, base(op, device) | {f"max_seqlen_{name}": value})
+        message = f"max_seqlen_{name}: expected at least {length}, the length of sequence {longest}"
+        with pytest.raises(RuntimeError, match=f"{message}, got {length - 1}"):
+            run(op, base(op, device) | {f"max_seqlen_{name}": length - 1})
+        for value in (x for x in HUGE if x < 0):
+            with pytest.raises(ERRORS, match=f"max_seqlen_{name}: expected at least 0, got"):
+                run(op, base(op, device) | {f"max_seqlen_{name}": value})
 
 
 @all_ops
@@ -245,12 +328,13 @@ def test_gradient_of_a_mask_that_has_none(device, isa):
 
 
 @pytest.mark.gradients
-def test_backward_of_values_that_fit_nothing(device, isa):
+@pytest.mark.parametrize("op", ["attention_bwd", "attention_varlen_bwd"])
+def test_backward_of_values_that_fit_nothing(device, isa, op):
     # lse and out need not belong to the inputs: the result is meaningless, the memory is safe.
     for value in (torch.nan, torch.inf, -torch.inf, 1e30):
-        arguments = base("attention_bwd", device)
+        arguments = base(op, device)
         for name in ("lse", "out", "dout"):
-            run("attention_bwd", arguments | {name: torch.full_like(arguments[name], value)})
+            run(op, arguments | {name: torch.full_like(arguments[name], value)})
 
 
 def test_outputs_of_decode(device, isa):
@@ -291,7 +375,7 @@ HOSTILE_PHI = [
 ]
 
 
-@pytest.mark.parametrize("op", ["attention_fwd", "decode", "decode.out"])
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_varlen_fwd", "decode", "decode.out"])
 @pytest.mark.parametrize("phi", HOSTILE_PHI, ids=str)
 def test_phi(device, op, phi):
     phi = {n: on_device(x, device) for n, x in phi.items()}
@@ -299,7 +383,7 @@ def test_phi(device, op, phi):
         run(op, base(op, device) | phi)
 
 
-@pytest.mark.parametrize("op", ["attention_fwd", "decode", "decode.out"])
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_varlen_fwd", "decode", "decode.out"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
 def test_phi_of_any_value_changes_nothing(device, op, value):
     """A head whose phi is no help is computed by the online softmax."""

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashinfer_lite import _ops
-from flashinfer_lite.testing import make_mask, make_qkv
+from flashinfer_lite.testing import make_mask, make_qkv, make_varlen
 
 # name -> (what the arguments must hold, autograd)
 OPS = {
@@ -167,6 +167,34 @@ def test_opcheck_attention_bwd(device, mask):
         torch.library.opcheck(_ops.attention_bwd, (*arguments, mask == "additive"))
 
 
+def ragged(device, lengths=False, requires_grad=False, **options):
+    """The tensors of a ragged batch, as attention_varlen_fwd takes them."""
+    q, k, v, offsets = make_varlen([3, 0, 6], [4, 2, 9], head_dim=16, device=device, **options)
+    starts = torch.tensor([1, 0, 0], device=device) if lengths else None
+    ends = torch.tensor([4, 0, 8], dtype=torch.int32, device=device) if lengths else None
+    tensors = [x.requires_grad_(requires_grad) for x in (q, k, v)]
+    return *tensors, *offsets.values(), starts, ends
+
+
+@without_and_with_gradients
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "bhsd", "padded", "misaligned"])
+def test_opcheck_attention_varlen_fwd(device, requires_grad, lengths, layout):
+    inputs = ragged(device, lengths, requires_grad, layout=layout)
+    torch.library.opcheck(_ops.attention_varlen_fwd, (*inputs, *SCALARS, 6, None))
+    torch.library.opcheck(_ops.attention_varlen_fwd, (*inputs, *SCALARS, None, 9, 0.0))
+
+
+@pytest.mark.gradients
+@pytest.mark.parametrize("lengths", [False, True])
+def test_opcheck_attention_varlen_bwd(device, lengths):
+    q, k, v, *rest = ragged(device, lengths)
+    out, lse = _ops.attention_varlen_fwd(q, k, v, *rest, *SCALARS, None, None)
+    for dlse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(out), dlse, q, k, v, out, lse, *rest, *SCALARS)
+        torch.library.opcheck(_ops.attention_varlen_bwd, arguments)
+
+
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 @pytest.mark.parametrize("invariant", [False, True])
 def test_opcheck_decode(device, mask, invariant):
@@ -231,6 +259,16 @@ def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
     ]
     for op, arguments in calls:
         check_fake(op, arguments)
+
+
+@pytest.mark.gradients
+@pytest.mark.parametrize("layout", ["contiguous", "bhsd", "misaligned", "expand"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_fake_results_of_a_ragged_batch_have_the_strides_of_real_ones(device, layout, dtype):
+    q, k, v, *rest = ragged(device, layout=layout, dtype=dtype)
+    check_fake(_ops.attention_varlen_fwd, (q, k, v, *rest, *SCALARS, None, None))
+    out, lse = _ops.attention_varlen_fwd(q, k, v, *rest, *SCALARS, None, None)
+    check_fake(_ops.attention_varlen_bwd, (out, lse, q, k, v, out, lse, *rest, *SCALARS))
 
 
 @pytest.mark.gradients

@@ -30,7 +30,7 @@ INERT = frozenset(
         "write_index",  # comes with `cache`, which is refused
     }
 )
-_VARLEN = "packed sequences need attention_varlen, which has not landed; pad the batch instead"
+_VARLEN = "packed sequences do not reach attention_varlen from here yet; pad the batch instead"
 _PAGED = "continuous batching needs paged attention, which has not landed"
 _SPARSE = "sparse attention by index is not supported"
 REFUSED = {
