@@ -33,11 +33,13 @@ def tensor(name, x):
 
 def qkv(q, k, v, names=("q", "k", "v"), ragged=False, paged=False):
     """Types, shapes, dtypes, devices and strides of the three tensors. Of a ragged batch they are
-    [total, num_heads, head_dim]; paged: of k and v the first two dimensions are pages and their
-    slots."""
-    dims, layout = (3, "[total") if ragged else (4, "[batch, seqlen")
+    [total, num_heads, head_dim]; paged: k and v are [num_pages, page_size, num_heads, head_dim],
+    of a ragged batch too."""
     for name, x in zip(names, (q, k, v), strict=True):
         tensor(name, x)
+        dims, layout = (3, "[total") if ragged else (4, "[batch, seqlen")
+        if paged and name != names[0]:
+            dims, layout = 4, "[num_pages, page_size"
         if x.dim() != dims:
             raise ValueError(
                 f"{name}: expected {dims} dimensions {layout}, num_heads, head_dim], "
@@ -174,7 +176,7 @@ def max_seqlen(name, x):
         raise ValueError(f"{name}: expected None or an integer >= 0, got {x}")
 
 
-def block_table(x, q, k):
+def block_table(x, q, k, batch_size):
     """The table of a paged cache, whose k is [num_pages, page_size, ...]."""
     if x is None:
         return
@@ -183,9 +185,9 @@ def block_table(x, q, k):
         raise TypeError(f"block_table: expected dtype int32 or int64, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"block_table: expected q's device {q.device}, got {x.device}")
-    if x.dim() != 2 or x.shape[0] != q.shape[0]:
+    if x.dim() != 2 or x.shape[0] != batch_size:
         raise ValueError(
-            f"block_table: expected shape [{q.shape[0]}, pages] (batch first), got {list(x.shape)}"
+            f"block_table: expected shape [{batch_size}, pages] (batch first), got {list(x.shape)}"
         )
     if k.shape[1] == 0:
         raise ValueError(f"block_table: expected pages of 1 slot or more, got {list(k.shape)}")

@@ -115,7 +115,7 @@ def explain(op, *args, **kwargs) -> Explanation:
     table = given.get("block_table")
     if name == "attention_varlen":
         own = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
-        check_varlen(q, k, v, *(given[n] for n in (*own, *common)))
+        check_varlen(q, k, v, *(given[n] for n in (*own, *common)), table)
     else:
         prepare(q, k, v, *(given[n] for n in common), names, table)
     _check.unified(given["softmax"], given["phi"], q)
@@ -124,11 +124,13 @@ def explain(op, *args, **kwargs) -> Explanation:
     splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
     if name == "decode":
         check_decode(q, k, v, given["mask"], given["sink"], splits, invariant, given["out"])
-    if table is not None:
-        k, v = (_spread_pages(x, table) for x in (k, v))
     reference_runs = _check.impl(given["impl"], q)
     if name == "attention_varlen":
-        q, k, v = _one_sequence(q, k, v, given["cu_seqlens_q"], given["cu_seqlens_kv"])
+        if table is not None:
+            _check.no_grad("attention_varlen with block_table", q=q, k=k, v=v, sink=given["sink"])
+        q, k, v = _one_sequence(q, k, v, given["cu_seqlens_q"], given["cu_seqlens_kv"], table)
+    elif table is not None:
+        k, v = (_spread_pages(x, table) for x in (k, v))
     if reference_runs:
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
@@ -156,11 +158,13 @@ def _spread_pages(cache, block_table):
     return cache.as_strided(shape, (0, 0, *cache.stride()[2:]))
 
 
-def _one_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv):
+def _one_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv, block_table):
     """One that stands for all of a ragged batch: the longest, or, where reading the offsets would
     wait for a device, all of them."""
     if q.device.type == "cpu":
-        return longest_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv)
+        return longest_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv, block_table)
+    if block_table is not None:
+        return q.unsqueeze(0), *(_spread_pages(x, block_table[:1]) for x in (k, v))
     return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
 
 

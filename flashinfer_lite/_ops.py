@@ -21,20 +21,20 @@ _INPUTS = f"Tensor? mask, {_LENGTHS}"
 _RAGGED = f"Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_LENGTHS}"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
 _PHI = "float? phi=None, Tensor? phi_heads=None"
-_DECODE = f"{_PHI}, Tensor? block_table=None"
+_PAGED = f"{_PHI}, Tensor? block_table=None"
 SCHEMAS = {
     "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}) "
     "-> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_RAGGED}, {_SCORES}, "
-    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PHI}) -> (Tensor, Tensor)",
+    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}) -> (Tensor, Tensor)",
     "attention_varlen_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_RAGGED}, {_SCORES}) -> (Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
-    f"bool batch_invariant, {_DECODE}) -> (Tensor, Tensor)",
+    f"bool batch_invariant, {_PAGED}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
-    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_DECODE}) -> ()",
+    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PAGED}) -> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "append_kv": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seqlens_kv, "
     "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved) -> ()",
@@ -254,6 +254,10 @@ torch.library.register_autograd(
 
 
 def _save_varlen(ctx, inputs, output):
+    if inputs[-1] is not None:
+        raise RuntimeError(
+            "block_table: expected None with inputs that require grad: pages are for inference"
+        )
     ctx.save_for_backward(*inputs[:7], *output)
     ctx.scalars = inputs[7:12]
     ctx.set_materialize_grads(False)
@@ -261,7 +265,7 @@ def _save_varlen(ctx, inputs, output):
 
 def _varlen_backward(ctx, dout, dlse):
     q, k, v, *offsets, out, lse = ctx.saved_tensors
-    none = [None] * 13  # of the inputs from cu_seqlens_q on
+    none = [None] * 14  # of the inputs from cu_seqlens_q on
     if dout is None and dlse is None:
         return None, None, None, *none
     dout, dlse = _as_read(dout, dlse, out)

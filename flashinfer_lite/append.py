@@ -57,7 +57,7 @@ def append_kv(
     if seqlens_kv is None:
         raise TypeError("seqlens_kv: expected a torch.Tensor, got NoneType")
     _check.lengths("seqlens_kv", seqlens_kv, k, k.shape[0])
-    _check.block_table(block_table, k, k_cache)
+    _check.block_table(block_table, k, k_cache, k.shape[0])
     _check_rotary(rotary_cos, rotary_sin, k)
     if not isinstance(rotary_interleaved, bool):
         raise TypeError(f"rotary_interleaved: expected a bool, got {rotary_interleaved!r}")

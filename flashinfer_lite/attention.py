@@ -172,7 +172,7 @@ def prepare(
 ):
     """Check the common arguments and put them in the order of the ops' schemas."""
     _check.qkv(q, k, v, names, paged=block_table is not None)
-    _check.block_table(block_table, q, k)
+    _check.block_table(block_table, q, k, q.shape[0])
     scores = _check.scores(q, causal, window, softmax_scale, softcap)
     seqlen_kv = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
     mask = _check.mask(mask, q, seqlen_kv)

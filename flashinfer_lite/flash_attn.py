@@ -169,7 +169,9 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], where the sequences begin and the
             last one ends, in q and in k and v.
         max_seqlen_q, max_seqlen_k: at least the longest sequence; None asks nothing.
-        block_table: must be None until paged caches land.
+        block_table: int32 or int64 [batch, pages], for inference: k and v are pages [num_pages,
+            page_size, num_heads_kv, head_dim], any page_size. Sequence b has the first
+            cu_seqlens_k[b + 1] - cu_seqlens_k[b] slots of the pages in row b.
         The rest: as `flash_attn_func`.
 
     Returns:
@@ -182,7 +184,6 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(q, kv, kv, cu_seqlens_q, cu_seqlens_k, 5, 5, causal=True).shape
     torch.Size([7, 4, 64])
     """
-    _check.not_landed(block_table=block_table)
     out, lse = attention_varlen(
         q,
         k,
@@ -196,6 +197,7 @@ def flash_attn_varlen_func(
         softmax_scale=softmax_scale,
         softcap=None if softcap == 0.0 else softcap,
         alibi_slopes=alibi_slopes,
+        block_table=block_table,
         dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=True,

@@ -208,6 +208,7 @@ def attention_varlen(
     *,
     kv_start=None,
     seqlens_kv=None,
+    block_table=None,
     return_lse=False,
     dtype=None,
     **arguments,
@@ -221,6 +222,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_kv: int [batch + 1].
         max_seqlen_q, max_seqlen_kv: None, or at least the longest sequence.
         kv_start, seqlens_kv: int [batch], counted from the sequence's first key.
+        block_table: int [batch, pages]: k and v are pages as `gather_pages` takes them, and
+            sequence b has the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of row b.
         arguments: causal, window, softmax_scale, softcap, sink as `attention` has them.
 
     Returns:
@@ -237,6 +240,10 @@ def attention_varlen(
     """
     dtype = dtype or q.dtype
     starts_q = offsets("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
+    if block_table is not None:
+        lengths = page_lengths(cu_seqlens_kv, k, block_table)
+        k, v = (_join_pages(x, block_table, lengths) for x in (k, v))
+        cu_seqlens_kv = torch.tensor([0, *lengths]).cumsum(0)
     starts_kv = offsets("cu_seqlens_kv", cu_seqlens_kv, len(k), max_seqlen_kv)
 
     # Of no sequence at all the results depend on the inputs too, as autograd sees it.
@@ -285,6 +292,32 @@ def offsets(name, cu_seqlens, total, longest=None):
                 f"length of sequence {b}, got {longest}"
             )
     return values
+
+
+def page_lengths(cu_seqlens_kv, cache, block_table):
+    """How many keys each sequence of a ragged batch has in pages, or ValueError: at most as many as
+    its row of the table has slots.
+
+    >>> page_lengths(torch.tensor([0, 2, 5]), torch.zeros(9, 4, 1, 8), torch.tensor([[7], [3]]))
+    [2, 3]
+    """
+    starts = offsets("cu_seqlens_kv", cu_seqlens_kv, 2**63 - 1)
+    lengths = [end - begin for begin, end in pairwise(starts)]
+    slots = block_table.shape[1] * cache.shape[1]
+    for b, length in enumerate(lengths):
+        if length > slots:
+            raise ValueError(
+                f"cu_seqlens_kv: expected at most {slots} keys in each sequence, as many as its "
+                f"pages have slots, got {length} at batch {b}"
+            )
+    return lengths
+
+
+def _join_pages(cache, block_table, lengths):
+    """The keys of all sequences behind one another."""
+    rows = gather_pages(cache, block_table)
+    nothing = cache.new_zeros(0, *cache.shape[2:])
+    return torch.cat([nothing, *(row[:n] for row, n in zip(rows, lengths, strict=True))])
 
 
 def _select_scores(q, k, visible):

@@ -25,6 +25,7 @@ def attention_varlen(
     sink=None,
     kv_start=None,
     seqlens_kv=None,
+    block_table=None,
     dropout_p=0.0,
     softmax="auto",
     phi=None,
@@ -46,12 +47,16 @@ def attention_varlen(
             stride is free: views of a fused projection [total, 3, num_heads, head_dim] are read
             where they lie.
         cu_seqlens_q, cu_seqlens_kv: int32 or int64 [batch + 1], ascending within [0, total_q] and
-            [0, total_kv].
+            [0, total_kv]; with pages cu_seqlens_kv begins and ends anywhere from 0 on.
         max_seqlen_q, max_seqlen_kv: None, or an integer no sequence is longer than. Nothing but the
             check depends on them.
         kv_start, seqlens_kv: int32 or int64 [batch], counted from the sequence's first key: its
             visible keys are kv_start <= j < seqlens_kv (flash-attn's seqused_k), and bottom-right
             alignment counts from seqlens_kv.
+        block_table: int32 or int64 [batch, pages], for inference. k and v are then pages
+            [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of sequence b
+            are slots 0 to cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] of the pages in row b: as many as
+            the pages hold or less. Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
         alibi_slopes, dropout_p: not implemented yet, refused.
@@ -68,7 +73,8 @@ def attention_varlen(
     Raises:
         TypeError, ValueError: naming the argument, what is expected and what came.
         RuntimeError: for values only the kernel reads (cu_seqlens_q, cu_seqlens_kv, kv_start,
-            seqlens_kv), and for a longest sequence beyond max_seqlen_q or max_seqlen_kv.
+            seqlens_kv, block_table), for a longest sequence beyond max_seqlen_q or max_seqlen_kv,
+            and for block_table with inputs that require grad.
         NotImplementedError: for arguments that have not landed, for CUDA tensors (no kernel yet),
             and for tensors that carry a tangent of forward-mode AD, which impl="reference" has.
 
@@ -86,19 +92,26 @@ def attention_varlen(
         and dropout_p == 0
         and type(cu_seqlens_q) is type(cu_seqlens_kv) is torch.Tensor
         and all(x is None or type(x) is int for x in longest)
+        and (block_table is None or type(block_table) is torch.Tensor)
     ):
         scores = causal, window, softmax_scale, softcap
         plain = _plain.call(
-            _unrecorded, q, k, v, *scores, kv_start, seqlens_kv, *longest, behind_v=offsets
+            *(_unrecorded, q, k, v, *scores, kv_start, seqlens_kv, *longest),
+            *(None, None, block_table),
+            behind_v=offsets,
         )
         if plain is not None:
             return plain if return_lse else plain[0]
     q, k, v = _check.under_autocast(q, k, v)
     scores = causal, window, softmax_scale, softcap
-    scores = check_varlen(q, k, v, *offsets, *longest, *scores, mask, kv_start, seqlens_kv)
+    scores = check_varlen(
+        q, k, v, *offsets, *longest, *scores, mask, kv_start, seqlens_kv, block_table
+    )
     phi = _check.unified(softmax, phi, q)
     _check.sink(sink, q)
     _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
+    if block_table is not None:
+        _check.no_grad("attention_varlen with block_table", q=q, k=k, v=v, sink=sink)
     if _check.impl(impl, q):
         out, lse = reference.attention_varlen(
             *(q, k, v, *offsets, *longest),
@@ -109,13 +122,14 @@ def attention_varlen(
             sink=sink,
             kv_start=kv_start,
             seqlens_kv=seqlens_kv,
+            block_table=block_table,
             return_lse=True,
         )
     else:
         _check.no_cuda_backward(q, k, v, op="attention_varlen_bwd")
         _check.no_forward_ad("attention_varlen", "; impl='reference' has", q=q, k=k, v=v, sink=sink)
         out, lse = _ops.attention_varlen_fwd(
-            *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi)
+            *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table)
         )
         if sink is not None:
             out, lse = _fold_sink(out, lse, sink, cu_seqlens_q, return_lse)
@@ -143,9 +157,10 @@ def check_varlen(
     mask,
     kv_start,
     seqlens_kv,
+    block_table,
 ):
     """Check the common arguments; returns those that make scores as the op takes them."""
-    _check.qkv(q, k, v, ragged=True)
+    _check.qkv(q, k, v, ragged=True, paged=block_table is not None)
     _check.offsets(cu_seqlens_q, cu_seqlens_kv, q)
     _check.max_seqlen("max_seqlen_q", max_seqlen_q)
     _check.max_seqlen("max_seqlen_kv", max_seqlen_kv)
@@ -156,14 +171,20 @@ def check_varlen(
             "pad the batch and use attention, or use causal, window, kv_start and seqlens_kv"
         )
     batch_size = cu_seqlens_q.shape[0] - 1
+    _check.block_table(block_table, q, k, batch_size)
     _check.lengths("kv_start", kv_start, q, batch_size)
     _check.lengths("seqlens_kv", seqlens_kv, q, batch_size)
     return scores
 
 
-def longest_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv):
+def longest_sequence(q, k, v, cu_seqlens_q, cu_seqlens_kv, block_table):
     """q, k and v of the sequence with the most pairs of query and key, with a batch dimension."""
     starts = reference.offsets("cu_seqlens_q", cu_seqlens_q, len(q))
+    if block_table is not None:
+        # Lengths are what counts: any memory does for keys that nobody reads.
+        lengths = reference.page_lengths(cu_seqlens_kv, k, block_table)
+        k, v = (x.as_strided((sum(lengths), *x.shape[2:]), (0, *x.stride()[2:])) for x in (k, v))
+        cu_seqlens_kv = torch.tensor([0, *lengths]).cumsum(0)
     starts_kv = reference.offsets("cu_seqlens_kv", cu_seqlens_kv, len(k))
     sequences = [
         (slice(*rows), slice(*keys))

@@ -301,9 +301,6 @@ def test_flash_attn_packed_forms_are_views_with_gradients(device):
 def test_flash_attn_face_refuses(device):
     q, k, v, offsets = make_varlen([3, 2], device=device)
     seen = (*offsets.values(), 3, 3)
-    table = torch.zeros(2, 1, dtype=INT, device=device)
-    with pytest.raises(NotImplementedError, match="^block_table: not implemented yet"):
-        flash_attn_varlen_func(q, k, v, *seen, block_table=table)
     with pytest.raises(NotImplementedError, match="^dropout_p: "):
         flash_attn_varlen_func(q, k, v, *seen, 0.1)
     with pytest.raises(ValueError, match=r"^kv: expected shape \[total, 2, num_heads, head_dim\]"):

@@ -78,7 +78,7 @@ inline void set_append_params(AppendKvParams& p, const AppendKvArgs& a, DeviceTy
   check_own_memory("v_cache", a.v_cache);
   p.capacity = slots;
   if (a.block_table) {
-    p.capacity = check_block_table(*a.block_table, a.k, a.k_cache);
+    p.capacity = check_block_table(*a.block_table, a.k, p.batch_size, a.k_cache);
     p.block_table = page_table(outer, slots);
   }
   check_lengths("seqlens_kv", a.seqlens_kv, a.k, a.k.size(0));

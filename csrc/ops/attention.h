@@ -17,7 +17,7 @@ enum class Causal : int64_t { kNone = 0, kBottomRight = 1, kTopLeft = 2 };
 inline const std::optional<Tensor> kNoTensor;
 
 // What every attention op takes besides its outputs, in the order of the schemas. The tensors of a
-// ragged batch have no batch dimension and count as those of one sequence.
+// ragged batch have no batch dimension and count as those of one sequence; pages have theirs.
 struct AttentionArgs {
   const Tensor& q;
   const Tensor& k;
@@ -31,7 +31,10 @@ struct AttentionArgs {
   int64_t window_left;
   int64_t window_right;
   const std::optional<Tensor>& block_table = kNoTensor;
-  bool ragged = false;
+  std::optional<int64_t> sequences = {};  // how many a ragged batch has; none: it is not ragged
+
+  bool ragged() const { return sequences.has_value(); }
+  int64_t batch_size() const { return ragged() ? *sequences : q.size(0); }
 };
 
 // The unified maximum of the softmax; neither is the online softmax.
@@ -87,12 +90,13 @@ inline MaskView mask_view(const Tensor& mask, const AttentionParams& p) {
           stride[3]};
 }
 
-// What shows on the table of a paged cache, `cache`, without reading it; `like` has the batch.
+// What shows on the table of a paged cache, `cache`, without reading it; it is where `like` is.
 // Returns how many slots a sequence has.
-inline int64_t check_block_table(const Tensor& table, const Tensor& like, const Tensor& cache) {
+inline int64_t check_block_table(const Tensor& table, const Tensor& like, int64_t batch_size,
+                                 const Tensor& cache) {
   check_device("block_table", table, "q's", like);
-  check(table.dim() == 2 && table.size(0) == like.size(0), "block_table: expected shape [",
-        like.size(0), ", pages], got ", shape_text(table));
+  check(table.dim() == 2 && table.size(0) == batch_size, "block_table: expected shape [",
+        batch_size, ", pages], got ", shape_text(table));
   const ScalarType type = table.scalar_type();
   check(type == ScalarType::Int || type == ScalarType::Long,
         "block_table: expected dtype int32 or int64, got ", dtype_text(type));
@@ -107,29 +111,35 @@ inline int64_t check_block_table(const Tensor& table, const Tensor& like, const 
 // Checks q, k and v and fills sizes and views.
 inline void set_tensors(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   const ScalarType type = a.q.scalar_type();
-  const int64_t dims = a.ragged ? 3 : 4;
   check_backend("q", a.q, backend);
   check_element_type("q", type, backend);
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"q", a.q}, {"k", a.k}, {"v", a.v}}) {
     check_device(name, x, "q's", a.q);
+    const bool pages = a.block_table && &x != &a.q;
+    const int64_t dims = a.ragged() && !pages ? 3 : 4;
     check(x.dim() == dims, name, ": expected ", dims, " dimensions ",
-          a.ragged ? "[total" : "[batch, seqlen", ", num_heads, head_dim], got ", shape_text(x));
+          pages      ? "[num_pages, page_size"
+          : dims < 4 ? "[total"
+                     : "[batch, seqlen",
+          ", num_heads, head_dim], got ", shape_text(x));
     check_dtype(name, x, type);
     check_last_stride(name, x);
   }
-  p.batch_size = a.ragged ? 1 : a.q.size(0);
+  const int64_t dims = a.q.dim(), dims_kv = a.k.dim();
+  p.batch_size = a.ragged() ? 1 : a.q.size(0);
   p.seqlen_q = a.q.size(dims - 3);
   p.num_heads_q = a.q.size(dims - 2);
   p.head_dim = a.q.size(dims - 1);
-  p.seqlen_kv = a.block_table ? check_block_table(*a.block_table, a.q, a.k) : a.k.size(dims - 3);
-  p.num_heads_kv = a.k.size(dims - 2);
-  p.head_dim_v = a.v.size(dims - 1);
+  p.seqlen_kv = a.block_table ? check_block_table(*a.block_table, a.q, a.batch_size(), a.k)
+                              : a.k.size(dims_kv - 3);
+  p.num_heads_kv = a.k.size(dims_kv - 2);
+  p.head_dim_v = a.v.size(dims_kv - 1);
   const int64_t outer = a.block_table ? a.k.size(0) : p.batch_size;
   for (const auto& [name, x, head_dim] :
        {std::tuple<const char*, const Tensor&, int64_t>{"k", a.k, p.head_dim},
         {"v", a.v, p.head_dim_v}}) {
-    check_rows_shape(name, x, a.ragged, outer, a.k.size(dims - 3), p.num_heads_kv, head_dim);
+    check_rows_shape(name, x, dims_kv == 3, outer, a.k.size(dims_kv - 3), p.num_heads_kv, head_dim);
   }
   for (const auto& [name, dim] :
        {std::pair<const char*, int64_t>{"q", p.head_dim}, {"v", p.head_dim_v}}) {
@@ -198,15 +208,13 @@ inline void check_lengths(const char* name, const Tensor& x, const Tensor& q, in
         ": expected dtype int32 or int64, got ", dtype_text(type));
 }
 
-// Fills every field of AttentionParams except kv_start and seqlens_kv, whose tensors, one number
-// for each of the sequences, it checks as far as that goes without reading them; or throws.
-inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend,
-                       std::optional<int64_t> sequences = {}) {
+// Fills every field of AttentionParams except kv_start and seqlens_kv, whose tensors it checks as
+// far as that goes without reading them; or throws.
+inline void set_params(AttentionParams& p, const AttentionArgs& a, DeviceType backend) {
   set_tensors(p, a, backend);
   set_scores(p, a);
-  const int64_t count = sequences.value_or(p.batch_size);
-  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a.q, count);
-  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a.q, count);
+  if (a.kv_start) check_lengths("kv_start", *a.kv_start, a.q, a.batch_size());
+  if (a.seqlens_kv) check_lengths("seqlens_kv", *a.seqlens_kv, a.q, a.batch_size());
 }
 
 // Owns the lengths and pages that params point to.
@@ -319,13 +327,13 @@ inline void set_results(AttentionBwdParams& p, const GradientArgs& g, const Atte
        {std::pair<const char*, const Tensor&>{"dout", g.dout}, {"out", g.out}}) {
     check_device(name, x, "q's", a.q);
     check_dtype(name, x, a.q.scalar_type());
-    check_rows_shape(name, x, a.ragged, p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v);
+    check_rows_shape(name, x, a.ragged(), p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim_v);
     check_last_stride(name, x);
   }
   const auto check_lse = [&](const char* name, const Tensor& x) {
     check_device(name, x, "q's", a.q);
     check_dtype(name, x, accumulator_type(a.q.scalar_type()));
-    if (a.ragged) {
+    if (a.ragged()) {
       check_shape(name, x, {p.num_heads_q, p.seqlen_q});
     } else {
       check_shape(name, x, {p.batch_size, p.num_heads_q, p.seqlen_q});

@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const std::optional<Tensor>& /*seqlens_kv*/, double /*softmax_scale*/, double /*softcap*/,
     int64_t /*causal*/, int64_t /*window_left*/, int64_t /*window_right*/,
     std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_kv*/,
-    const std::optional<double>& /*phi*/, const std::optional<Tensor>& /*phi_heads*/) {
+    const std::optional<double>& /*phi*/, const std::optional<Tensor>& /*phi_heads*/,
+    const std::optional<Tensor>& /*block_table*/) {
   fail("attention_varlen_fwd: no CUDA kernel yet; impl='reference' runs on CUDA tensors");
 }
 

@@ -1,8 +1,11 @@
 // Checks of ragged batches beyond those of attention, for both halves of the library.
 //
 // Sequences lie behind one another in [total, num_heads, head_dim]; sequence b is the rows from
-// cu_seqlens[b] to cu_seqlens[b + 1]. Rows outside of all of them are tails: they see no key.
+// cu_seqlens[b] to cu_seqlens[b + 1]. Rows outside of all of them are tails: they see no key. Keys
+// in pages are where row b of the table says, and cu_seqlens_kv only tells how many there are.
 #pragma once
+
+#include <limits>
 
 #include "ops/attention.h"
 
@@ -54,8 +57,14 @@ struct Ragged {
   Ragged(const RaggedArgs& r, const AttentionArgs& a, const AttentionParams& p)
       : q(offset_values("cu_seqlens_q", r.cu_seqlens_q, p.seqlen_q, "max_seqlen_q",
                         r.max_seqlen_q)),
-        kv(offset_values("cu_seqlens_kv", r.cu_seqlens_kv, p.seqlen_kv, "max_seqlen_kv",
-                         r.max_seqlen_kv)) {
+        kv(offset_values("cu_seqlens_kv", r.cu_seqlens_kv,
+                         a.block_table ? std::numeric_limits<int64_t>::max() : p.seqlen_kv,
+                         "max_seqlen_kv", r.max_seqlen_kv)) {
+    for (int64_t b = 0; a.block_table && b < batch_size(); ++b) {
+      check(kv[b + 1] - kv[b] <= p.seqlen_kv, "cu_seqlens_kv: expected at most ", p.seqlen_kv,
+            " keys in each sequence, as many as its pages have slots, got ", kv[b + 1] - kv[b],
+            " at batch ", b);
+    }
     read_lengths(lengths, a.kv_start, a.seqlens_kv, [&](int64_t b) { return kv[b + 1] - kv[b]; });
   }
 

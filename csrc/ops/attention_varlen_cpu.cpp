@@ -30,11 +30,27 @@ void move_to_sequence(AttentionParams& p, const Ragged& ragged, int64_t b, int64
   p.seqlen_q = ragged.q[b + 1] - ragged.q[b];
   p.seqlen_kv = ragged.kv[b + 1] - ragged.kv[b];
   move_to(p.q, ragged.q[b], element_size);
-  move_to(p.k, ragged.kv[b], element_size);
-  move_to(p.v, ragged.kv[b], element_size);
+  if (p.block_table.pages != nullptr) {
+    p.block_table.pages += b * p.block_table.row;
+  } else {
+    move_to(p.k, ragged.kv[b], element_size);
+    move_to(p.v, ragged.kv[b], element_size);
+  }
   const Lengths& lengths = ragged.lengths;
   if (!lengths.kv_start.empty()) p.kv_start = &lengths.kv_start[b];
   if (!lengths.seqlens_kv.empty()) p.seqlens_kv = &lengths.seqlens_kv[b];
+}
+
+// The pages of keys that some row sees, of all sequences.
+void set_ragged_pages(AttentionParams& whole, Ragged& ragged, const Tensor& block_table,
+                      int64_t element_size) {
+  std::vector<KeyRange> seen(ragged.batch_size());
+  for (int64_t b = 0; b < ragged.batch_size(); ++b) {
+    AttentionParams p = whole;
+    move_to_sequence(p, ragged, b, element_size);
+    if (p.seqlen_q > 0) seen[b] = p.visibility(0).rows(0, p.seqlen_q - 1);
+  }
+  read_pages(whole.block_table, ragged.lengths.pages, block_table, seen);
 }
 
 // Rows [begin, end) of a contiguous tensor become 0.
@@ -87,15 +103,17 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_kv, const std::optional<double>& phi,
-    const std::optional<Tensor>& phi_heads) {
-  const AttentionArgs args{
-      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, kNoTensor, true};
+    const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table) {
   const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv};
+  const int64_t batch_size = check_ragged(ragged_args, q);
+  const AttentionArgs args{
+      q,       k,      v,           kNoTensor,    kv_start,    seqlens_kv, softmax_scale,
+      softcap, causal, window_left, window_right, block_table, batch_size};
   AttentionFwdParams whole;
-  set_params(whole, args, DeviceType::CPU, check_ragged(ragged_args, q));
+  set_params(whole, args, DeviceType::CPU);
   set_softmax(whole, {phi, phi_heads}, q);
-  const Ragged ragged(ragged_args, args, whole);
+  Ragged ragged(ragged_args, args, whole);
+  if (block_table) set_ragged_pages(whole, ragged, *block_table, q.element_size());
   const cpu::Kernels& kernels = cpu_kernels(q.scalar_type());
   Outputs outputs = new_outputs(q, whole, true);
   set_outputs(whole, outputs);
@@ -125,12 +143,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& cu_seqlens_kv, const std::optional<Tensor>& kv_start,
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
     int64_t window_left, int64_t window_right) {
+  const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, {}, {}};
+  const int64_t batch_size = check_ragged(ragged_args, q);
   const AttentionArgs args{
       q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, kNoTensor, true};
-  const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, {}, {}};
+      softcap, causal, window_left, window_right, kNoTensor, batch_size};
   AttentionBwdParams whole;
-  set_params(whole, args, DeviceType::CPU, check_ragged(ragged_args, q));
+  set_params(whole, args, DeviceType::CPU);
   set_results(whole, {dout, dlse, out, lse}, args);
   const Ragged ragged(ragged_args, args, whole);
   const ScalarType type = q.scalar_type();

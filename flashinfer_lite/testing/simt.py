@@ -280,7 +280,7 @@ class _Call:
             p.phi_heads = self.memory.copy_of("phi_heads", phi_heads).data_ptr()
 
     def _set_block_table(self, q, k, block_table):
-        _check.block_table(block_table, q, k)
+        _check.block_table(block_table, q, k, q.shape[0])
         num_pages, page_size = k.shape[:2]
         self.params.seqlen_kv = block_table.shape[1] * page_size
         x = self.memory.copy_of("block_table", block_table)
