@@ -151,6 +151,17 @@ REFUSALS = {
         "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or "
         "train on the CPU",
     ),
+    "varlen": (
+        "attention_varlen_fwd",
+        {},
+        "attention_varlen_fwd: no CUDA kernel yet; impl='reference' runs on CUDA tensors",
+    ),
+    "varlen backward": (
+        "attention_varlen_bwd",
+        {},
+        "attention_varlen_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or "
+        "train on the CPU",
+    ),
     "phi": (
         "decode",
         {"phi_heads": torch.zeros(3)},
@@ -198,6 +209,11 @@ def arguments_of(schema, changes):
         "longest": 7,
         "phi": None,
         "phi_heads": None,
+        "block_table": None,
+        "cu_seqlens_q": torch.tensor([0, 2, 3]),
+        "cu_seqlens_kv": torch.tensor([0, 3, 7]),
+        "max_seqlen_q": None,
+        "max_seqlen_kv": None,
         "x": torch.zeros(5, 16, dtype=torch.bfloat16),
         "weight": torch.zeros(24, 16, dtype=torch.bfloat16),
         "bias": None,
