@@ -47,7 +47,7 @@ def attention_varlen(
             stride is free: views of a fused projection [total, 3, num_heads, head_dim] are read
             where they lie.
         cu_seqlens_q, cu_seqlens_kv: int32 or int64 [batch + 1], ascending within [0, total_q] and
-            [0, total_kv]; with pages cu_seqlens_kv begins and ends anywhere from 0 on.
+            [0, total_kv]; of cu_seqlens_kv only the differences count with pages.
         max_seqlen_q, max_seqlen_kv: None, or an integer no sequence is longer than. Nothing but the
             check depends on them.
         kv_start, seqlens_kv: int32 or int64 [batch], counted from the sequence's first key: its
@@ -55,8 +55,8 @@ def attention_varlen(
             alignment counts from seqlens_kv.
         block_table: int32 or int64 [batch, pages], for inference. k and v are then pages
             [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of sequence b
-            are slots 0 to cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] of the pages in row b: as many as
-            the pages hold or less. Entries behind the last key's page may hold anything.
+            are the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of the pages in row b.
+            Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
         alibi_slopes, dropout_p: not implemented yet, refused.
