@@ -56,6 +56,12 @@ KERNELS = {
         sixteen_bit_instructions=TENSOR_CORE,
         float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2"),
     ),
+    ("attention_bwd", 80): Kernel(
+        namespace="attention_bwd",
+        fields=TILE_FIELDS,
+        sixteen_bit_instructions=(*TENSOR_CORE, "RED"),
+        float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2", "RED"),
+    ),
     ("combine", 80): Kernel(
         namespace="combine",
         fields=("partial",),
@@ -131,6 +137,7 @@ def rows(dtypes, **fields):
 
 
 attention_fwd_sm80 = partial(rows, kernel="attention_fwd", arch=80, num_stages=1)
+attention_bwd_sm80 = partial(rows, kernel="attention_bwd", arch=80)
 decode_sm80 = partial(rows, kernel="decode", arch=80, block_m=16)
 combine_sm80 = partial(rows, kernel="combine", arch=80)
 flat_gemm_sm80 = partial(rows, SIXTEEN_BIT, kernel="flat_gemm", arch=80, block_k=64, num_warps=4)
@@ -151,6 +158,25 @@ ROWS = [
     *attention_fwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4),
     *attention_fwd_sm80(FLOAT32, head_dim=128, block_m=64, block_n=32, num_warps=4),
     *attention_fwd_sm80(FLOAT32, head_dim=256, block_m=32, block_n=32, num_warps=2),
+    # The first of a head_dim that shared memory has room for.
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=128, block_m=64, block_n=64, num_warps=4, num_stages=1
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=256, block_m=32, block_n=32, num_warps=4, num_stages=1
+    ),
+    *attention_bwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=1),
+    *attention_bwd_sm80(FLOAT32, head_dim=128, block_m=32, block_n=32, num_warps=4, num_stages=1),
+    *attention_bwd_sm80(FLOAT32, head_dim=256, block_m=16, block_n=16, num_warps=2, num_stages=1),
     *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),
     *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=2),
     *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=2, num_stages=2),

@@ -14,6 +14,11 @@ struct KeyRange {
   constexpr bool empty() const { return begin >= end; }
 };
 
+struct QueryRange {
+  int64_t begin = 0;
+  int64_t end = 0;  // exclusive
+};
+
 // Row i stands at key position i + diagonal and sees [position - left, position + right] within
 // [kv_begin, kv_end). An open side is -1. Causal is right = 0.
 struct Visibility {
@@ -39,6 +44,21 @@ struct Visibility {
   constexpr KeyRange rows(int64_t first, int64_t last) const {
     KeyRange range{row(first).begin, row(last).end};
     range.end = std::max(range.end, range.begin);
+    return range;
+  }
+
+  // The rows, of so many, that see at least one of the keys [first, last), as one range.
+  constexpr QueryRange queries(int64_t first, int64_t last, int64_t num_rows) const {
+    first = std::max(first, kv_begin);
+    last = std::min(last, kv_end);
+    if (first >= last) return {0, 0};
+    QueryRange range{0, num_rows};
+    if (window_right >= 0) {
+      range.begin = std::clamp<int64_t>(first - window_right - diagonal, 0, num_rows);
+    }
+    if (window_left >= 0) {
+      range.end = std::clamp(last + window_left - diagonal, range.begin, num_rows);
+    }
     return range;
   }
 };

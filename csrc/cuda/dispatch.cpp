@@ -77,10 +77,9 @@ void check_sizes(const char* kernel, const CudaAttentionParams& p) {
   }
 }
 
-}  // namespace
-
-const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
-                                 int64_t head_dim_v, const Device& device) {
+// The candidates that shared memory has room for, in the table's order; throws if there is none.
+std::vector<const Instance*> fitting(const std::string& kernel, ElementType element,
+                                     int64_t head_dim, int64_t head_dim_v, const Device& device) {
   const int64_t widest = std::max(head_dim, head_dim_v);
   const auto rows = candidates(kernel, element, widest, device);
   if (rows.empty()) {
@@ -88,21 +87,33 @@ const Instance& choose_attention(const std::string& kernel, ElementType element,
          " on compute capability ", device.arch / 10, ".", device.arch % 10,
          " (built: 8.0 and up, head_dim to 256): impl='reference' runs there");
   }
-  // The most warps that shared memory lets a multiprocessor hold; at a tie the first of the table.
-  const Instance* best = nullptr;
-  int64_t most_warps = 0;
+  std::vector<const Instance*> found;
   for (const Instance* row : rows) {
-    if (row->smem_bytes > device.smem_optin) continue;
-    const int64_t warps = blocks_per_sm(row->smem_bytes, device.smem_per_sm) * row->num_warps;
-    if (warps > most_warps) best = row;
-    most_warps = std::max(warps, most_warps);
+    if (row->smem_bytes <= device.smem_optin) found.push_back(row);
   }
-  if (best == nullptr) {
+  if (found.empty()) {
     int64_t least = rows.front()->smem_bytes;
     for (const Instance* row : rows) least = std::min<int64_t>(least, row->smem_bytes);
     fail(kernel, ": head_dim ", widest, " in ", text_of(element), " needs ", least,
          " bytes of shared memory per thread block, the device offers ", device.smem_optin,
          ": impl='reference' runs there");
+  }
+  return found;
+}
+
+}  // namespace
+
+const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
+                                 int64_t head_dim_v, const Device& device) {
+  const auto rows = fitting(kernel, element, head_dim, head_dim_v, device);
+  if (kernel == "attention_bwd") return *rows.front();
+  // The most warps that shared memory lets a multiprocessor hold; at a tie the first of the table.
+  const Instance* best = nullptr;
+  int64_t most_warps = 0;
+  for (const Instance* row : rows) {
+    const int64_t warps = blocks_per_sm(row->smem_bytes, device.smem_per_sm) * row->num_warps;
+    if (warps > most_warps) best = row;
+    most_warps = std::max(warps, most_warps);
   }
   return *best;
 }
@@ -150,6 +161,54 @@ Status run_attention_fwd(CudaAttentionParams& p, const Instance& row, const Devi
   p.heads_per_section = heads_per_section(heads, bytes_per_head, device.l2_bytes);
   if (checked_blocks(row, p.num_m_blocks * heads) == 0) return 0;
   return row.launch(&p, stream);
+}
+
+BackwardMemory backward_memory(const CudaAttentionBwdParams& p, const Instance& row) {
+  BackwardMemory m;
+  m.padded_rows = ceil_div(p.rows_per_kv_head(), row.block_m) * row.block_m;
+  const int64_t rows = p.batch_size * p.num_heads_kv * m.padded_rows;
+  m.row_stats = rows * 2;
+  m.dq_accum = rows * row.head_dim;
+  return m;
+}
+
+Status run_attention_bwd(CudaAttentionBwdParams& p, const Instance& row, const Device& device,
+                         Stream stream) {
+  check_sizes("attention_bwd", p);
+  set_derived(p, row.element);
+  const int64_t size = size_of(row.element);
+  p.grad_scale = static_cast<float>(p.softmax_scale);
+  p.vector_dout = rows_are_aligned(p.dout, p.batch_size, p.num_heads_q, size);
+  p.vector_dq = rows_are_aligned(p.dq, p.batch_size, p.num_heads_q, size);
+  p.vector_dk = rows_are_aligned(p.dk, p.batch_size, p.num_heads_kv, size);
+  p.vector_dv = rows_are_aligned(p.dv, p.batch_size, p.num_heads_kv, size);
+  p.padded_rows = backward_memory(p, row).padded_rows;
+
+  const int64_t heads = p.batch_size * p.num_heads_kv;
+  const int64_t columns = p.head_dim + p.head_dim_v;
+  const auto run = [&](CudaBwdPass pass, int64_t blocks_per_head, int64_t bytes_per_head) {
+    p.pass = pass;
+    p.num_m_blocks = blocks_per_head;
+    p.heads_per_section = heads_per_section(heads, bytes_per_head, device.l2_bytes);
+    return checked_blocks(row, blocks_per_head * heads) == 0 ? 0 : row.launch(&p, stream);
+  };
+  // What the thread blocks of a head all read: the rows those of keys, the keys those of rows.
+  const int64_t row_bytes = p.padded_rows * (columns * size + row.head_dim * 4);
+  const int64_t key_bytes = p.seqlen_kv * columns * size;
+  const int64_t row_blocks = p.padded_rows / row.block_m;
+  const bool atomic = p.dq_accum != nullptr;
+  Status status = run(CudaBwdPass::kRows, row_blocks, row_bytes);
+  if (status == 0) {
+    status = run(CudaBwdPass::kKeys, ceil_div(p.seqlen_kv, row.block_n), row_bytes);
+  }
+  if (status == 0) {
+    status = atomic ? run(CudaBwdPass::kFinish, row_blocks, row_bytes)
+                    : run(CudaBwdPass::kQueries, row_blocks, key_bytes);
+  }
+  if (status == 0 && p.dmask.data != nullptr) {
+    status = run(CudaBwdPass::kMask, row_blocks, key_bytes);
+  }
+  return status;
 }
 
 DecodePlan plan_decode(const CudaAttentionParams& p, ElementType element, const Device& device,

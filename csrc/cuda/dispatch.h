@@ -20,8 +20,9 @@ struct Device {
 };
 
 // Of the rows with the smallest head_dim that holds both head sizes, the one that keeps the most
-// warps on a multiprocessor, then the table's order. Throws std::runtime_error naming the sizes if
-// none does.
+// warps on a multiprocessor, then the table's order; of attention_bwd, where warps wait less for
+// each other than for shared memory, the first that fits. Throws std::runtime_error naming the
+// sizes if none does.
 const Instance& choose_attention(const std::string& kernel, ElementType element, int64_t head_dim,
                                  int64_t head_dim_v, const Device& device);
 
@@ -33,6 +34,19 @@ const Instance& instance_named(const std::string& name);
 
 // attention_fwd with the row that choose_attention gives, or another of the same kernel.
 Status run_attention_fwd(CudaAttentionParams& p, const Instance& row, const Device& device,
+                         Stream stream);
+
+// The working memory of a backward, in floats: row_stats and, unless deterministic, dq_accum.
+struct BackwardMemory {
+  int64_t padded_rows = 0;
+  int64_t row_stats = 0;
+  int64_t dq_accum = 0;
+};
+BackwardMemory backward_memory(const CudaAttentionBwdParams& p, const Instance& row);
+
+// attention_bwd: all of its launches. dQ is added up by atomics if there is a dq_accum; dmask must
+// be 0 before, or absent.
+Status run_attention_bwd(CudaAttentionBwdParams& p, const Instance& row, const Device& device,
                          Stream stream);
 
 struct DecodePlan {

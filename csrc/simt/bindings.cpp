@@ -55,15 +55,15 @@ py::dict instance_dict(const Instance& row) {
   return values;
 }
 
-template <class Params, class Pointer>
-void bind_strided(py::class_<Params>& c, const char* name, Strided<Pointer> Params::* member) {
+template <class Params, class Pointer, class Class>
+void bind_strided(Class& c, const char* name, Strided<Pointer> Params::* member) {
   c.def_property(
       name, [](const Params&) { return py::none(); },
       [member](Params& p, const StridedTuple& x) { p.*member = strided<Pointer>(x); });
 }
 
-template <class Params, class Pointer>
-void bind_address(py::class_<Params>& c, const char* name, Pointer Params::* member) {
+template <class Params, class Pointer, class Class>
+void bind_address(Class& c, const char* name, Pointer Params::* member) {
   c.def_property(
       name, [](const Params&) { return py::none(); },
       [member](Params& p, uintptr_t address) { p.*member = reinterpret_cast<Pointer>(address); });
@@ -124,6 +124,25 @@ void bind_attention_params(py::module_& m) {
   bind_address<P, RowCounters*>(c, "row_counters", &P::row_counters);
 }
 
+// Where `out` and `lse` of the base are inputs.
+void bind_backward_params(py::module_& m) {
+  using P = CudaAttentionBwdParams;
+  py::class_<P, CudaAttentionParams> c(m, "AttentionBwdParams", py::module_local());
+  c.def(py::init<>())
+      .def_readonly("padded_rows", &P::padded_rows)
+      .def("set_dmask",
+           [](P& p, uintptr_t address, int64_t batch, int64_t head, int64_t row, int64_t col) {
+             p.dmask = {reinterpret_cast<float*>(address), batch, head, row, col};
+           });
+  bind_strided<P, const void*>(c, "dout", &P::dout);
+  bind_strided<P, void*>(c, "dq", &P::dq);
+  bind_strided<P, void*>(c, "dk", &P::dk);
+  bind_strided<P, void*>(c, "dv", &P::dv);
+  bind_address<P, const float*>(c, "dlse", &P::dlse);
+  bind_address<P, float*>(c, "row_stats", &P::row_stats);
+  bind_address<P, float*>(c, "dq_accum", &P::dq_accum);
+}
+
 void bind_combine_params(py::module_& m) {
   using P = CombineParams;
   py::class_<P> c(m, "CombineParams", py::module_local());
@@ -179,6 +198,7 @@ void bind_choices(py::module_& m) {
 
 void bind_kernels(py::module_& m) {
   bind_attention_params(m);
+  bind_backward_params(m);
   bind_combine_params(m);
   bind_choices(m);
   m.def("instances", [] {
@@ -190,6 +210,15 @@ void bind_kernels(py::module_& m) {
     check_sizes(p);
     return cuda::run_attention_fwd(p, instance_of("attention_fwd", name), device, nullptr);
   });
+  m.def("backward_memory", [](const CudaAttentionBwdParams& p, const std::string& name) {
+    const auto memory = cuda::backward_memory(p, instance_of("attention_bwd", name));
+    return std::make_tuple(memory.row_stats, memory.dq_accum);
+  });
+  m.def("attention_bwd",
+        [](CudaAttentionBwdParams& p, const std::string& name, const Device& device) {
+          check_sizes(p);
+          return cuda::run_attention_bwd(p, instance_of("attention_bwd", name), device, nullptr);
+        });
   m.def("num_tickets", &cuda::num_tickets);
   m.def("decode", [](CudaAttentionParams& p, const cuda::DecodePlan& plan) {
     check_sizes(p);

@@ -83,6 +83,20 @@ class Executor:
         call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
         return call.results(return_lse)
 
+    def attention_bwd(
+        self, dout, dlse, q, k, v, out, lse, *, wants_dmask=False, deterministic=False, **arguments
+    ):
+        """(dq, dk, dv, dmask) of `attention` on the executor; dmask is None unless wanted."""
+        call = _BackwardCall(self, q, k, v, arguments)
+        name = self.instance or self.module.choose_attention(
+            "attention_bwd", NAMES[q.dtype], q.shape[3], v.shape[3], self.device
+        )
+        call.add_inputs(dout, dlse, out, lse)
+        call.add_outputs(q, k, v, wants_dmask and arguments["mask"])
+        call.add_memory(name, deterministic)
+        call.run(lambda: self.module.attention_bwd(call.params, name, self.device))
+        return call.gradients()
+
     def decode(
         self,
         q,
@@ -241,9 +255,17 @@ class _Call:
     LARGE = 2**28  # elements; beyond, tensors are used where they are
 
     def __init__(self, executor, q, k, v, arguments):
+        self._set_inputs(executor, executor.module.AttentionParams(), q, k, v, arguments)
+        p = self.params
+        self.out = self.memory.output("out", (*self.rows, v.shape[3]), q.dtype)
+        self.lse = self.memory.output("lse", (q.shape[0], q.shape[2], q.shape[1]), torch.float32)
+        p.out = (self.out.data_ptr(), *self.out.stride()[:3])
+        p.lse = self.lse.data_ptr()
+
+    def _set_inputs(self, executor, params, q, k, v, arguments):
         self.executor = executor
         self.memory = _Memory(executor.module)
-        self.params = p = executor.module.AttentionParams()
+        self.params = p = params
         block_table = arguments.pop("block_table", None)
         _check.qkv(q, k, v, paged=block_table is not None)
         p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim = q.shape
@@ -257,10 +279,6 @@ class _Call:
         self.tickets = None
         self._set_softmax(q, arguments.pop("softmax", "auto"), arguments.pop("phi", None))
         self._set_scores(q, p.seqlen_kv, **arguments)
-        self.out = self.memory.output("out", (*self.rows, v.shape[3]), q.dtype)
-        self.lse = self.memory.output("lse", (q.shape[0], q.shape[2], q.shape[1]), torch.float32)
-        p.out = (self.out.data_ptr(), *self.out.stride()[:3])
-        p.lse = self.lse.data_ptr()
 
     def _placed(self, name, x):
         span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -341,6 +359,52 @@ class _Call:
     def results(self, return_lse):
         out, lse = self.out.clone(), self.lse.clone()
         return (out, lse) if return_lse else out
+
+
+class _BackwardCall(_Call):
+    """One call of attention_bwd."""
+
+    def __init__(self, executor, q, k, v, arguments):
+        params = executor.module.AttentionBwdParams()
+        self._set_inputs(executor, params, q, k, v, arguments)
+        self.dmask = None
+
+    def add_inputs(self, dout, dlse, out, lse):
+        p = self.params
+        for name, x in (("dout", dout), ("out", out)):
+            x = self._placed(name, x)
+            setattr(p, name, (x.data_ptr(), *x.stride()[:3]))
+        p.lse = self.memory.copy_of("lse", lse).data_ptr()
+        if dlse is not None:
+            p.dlse = self.memory.copy_of("dlse", dlse).data_ptr()
+
+    def add_outputs(self, q, k, v, mask):
+        """Contiguous ones; dmask with the four dimensions of a mask, or none."""
+        p = self.params
+        self.dq, self.dk, self.dv = (
+            self.memory.output(name, x.shape, x.dtype)
+            for name, x in (("dq", q), ("dk", k), ("dv", v))
+        )
+        p.dq = (self.dq.data_ptr(), *self.dq.stride()[:3])
+        p.dk = (self.dk.data_ptr(), *self.dk.stride()[:3])
+        p.dv = (self.dv.data_ptr(), *self.dv.stride()[:3])
+        if mask is False:
+            return
+        mask = _check.mask(mask, q, k)
+        self.dmask = self.memory.counters("dmask", mask.numel(), torch.float32).view(mask.shape)
+        steps = (0 if n == 1 else s for n, s in zip(mask.shape, self.dmask.stride(), strict=True))
+        p.set_dmask(self.dmask.data_ptr(), *steps)
+
+    def add_memory(self, name, deterministic):
+        p = self.params
+        row_stats, dq_accum = self.executor.module.backward_memory(p, name)
+        p.row_stats = self.memory.output("row_stats", (row_stats,), torch.float32).data_ptr()
+        if not deterministic:
+            p.dq_accum = self.memory.output("dq_accum", (dq_accum,), torch.float32).data_ptr()
+
+    def gradients(self):
+        dmask = None if self.dmask is None else self.dmask.clone()
+        return self.dq.clone(), self.dk.clone(), self.dv.clone(), dmask
 
 
 def instances(kernel=None):

@@ -61,4 +61,42 @@ struct CudaAttentionParams : AttentionFwdParams {
   Visibility visibility(int64_t) const = delete;
 };
 
+// The launches of one backward. kRows: what is known of each row, and dQ's accumulator set to 0.
+// kKeys: dK and dV, and dQ added up by atomics; kFinish rounds it. Where the bits must be the same
+// every time, kKeys leaves dQ to kQueries, which owns rows and computes the scores once more. kMask
+// likewise, for the gradient of the mask.
+enum class CudaBwdPass : uint8_t { kRows, kKeys, kFinish, kQueries, kMask };
+
+// float32, of an additive mask; strides 0 where it broadcasts.
+struct MaskGradient {
+  float* data = nullptr;
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+  int64_t col = 0;
+};
+
+// `out` and `lse` of the base are inputs here.
+struct CudaAttentionBwdParams : CudaAttentionParams {
+  Strided<const void*> dout;
+  const float* dlse = nullptr;  // like lse, or null
+  Strided<void*> dq, dk, dv;
+  MaskGradient dmask;  // no data: not asked for
+
+  CudaBwdPass pass = CudaBwdPass::kRows;
+  // [batch, num_heads_kv, padded_rows] pairs: lse in units of log2 (-inf of rows that saw no key,
+  // and of those that do not exist), and delta = rowsum(dO out) - dlse.
+  float* row_stats = nullptr;
+  // Null: dQ is left to kQueries. [batch, num_heads_kv, padded_rows, the instance's head_dim], each
+  // 16 rows as the fragments of tile/gemm.cuh lie in a warp: [head_dim / 8, 4, 32 lanes].
+  float* dq_accum = nullptr;
+  int64_t padded_rows = 0;  // rows up to whole blocks
+  float grad_scale = 1.f;   // of dK and dQ: the softmax_scale
+
+  bool vector_dout = false;
+  bool vector_dq = false;
+  bool vector_dk = false;
+  bool vector_dv = false;
+};
+
 }  // namespace flashinfer_lite

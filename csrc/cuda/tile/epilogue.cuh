@@ -45,13 +45,10 @@ __device__ __forceinline__ void store_unaligned(Element* out, arch::U32x4 value)
   }
 }
 
-// The warp's rows of `o` to global memory by way of its own rows of a tile, so that a warp's stores
-// cover whole rows. `row` is the warp's first row of the tile; target.row and target.valid say
-// where the tile's rows go.
-template <class Tile, class Target, int kM, int kTiles>
-__device__ __forceinline__ void store_rows(const float (&o)[kM][kTiles][4], const Tile& tile,
-                                           int row, const Target& target, int cols, bool vector,
-                                           int lane) {
+// A warp's fragments into a tile, from its place (row, col) on.
+template <class Tile, int kM, int kTiles>
+__device__ __forceinline__ void stage(const float (&o)[kM][kTiles][4], const Tile& tile, int row,
+                                      int col, int lane) {
   using Element = typename Tile::Element;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -62,7 +59,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[kM][kTiles][4], cons
       for (int n = 0; n < kTiles; ++n) {
         const float low = o[m][n][2 * half];
         const float high = o[m][n][2 * half + 1];
-        const uint32_t address = tile.at(r, n * 8 + lane % 4 * 2);
+        const uint32_t address = tile.at(r, col + n * 8 + lane % 4 * 2);
         if constexpr (sizeof(Element) == 4) {
           arch::sts(address, Float2{low, high});
         } else {
@@ -71,20 +68,36 @@ __device__ __forceinline__ void store_rows(const float (&o)[kM][kTiles][4], cons
       }
     }
   }
-  arch::sync_warp();  // the lanes of a row read each other's columns
+}
+
+// `rows` rows of a tile from `row` on to global memory, by `threads` threads that cover whole rows
+// together. target.row and target.valid say where the tile's rows go.
+template <class Tile, class Target>
+__device__ __forceinline__ void copy_rows(const Tile& tile, int row, int rows, const Target& target,
+                                          int cols, bool vector, int thread, int threads) {
 #pragma unroll 1
-  for (int i = lane; i < kM * 16 * Tile::chunks; i += 32) {
+  for (int i = thread; i < rows * Tile::chunks; i += threads) {
     const int r = row + i / Tile::chunks;
     const int col = i % Tile::chunks * Tile::chunk_elements;
     if (!arch::predicate(target.valid(r) && col < cols)) continue;
     const auto value = arch::lds<arch::U32x4>(tile.chunk(r, i % Tile::chunks));
-    Element* out = target.row(r) + col;
+    auto* out = target.row(r) + col;
     if (vector) {
       arch::stg(reinterpret_cast<arch::U32x4*>(out), value);
     } else {
       store_unaligned(out, value);
     }
   }
+}
+
+// The warp's rows of `o` to global memory by way of its own rows of a tile, `row` the first.
+template <class Tile, class Target, int kM, int kTiles>
+__device__ __forceinline__ void store_rows(const float (&o)[kM][kTiles][4], const Tile& tile,
+                                           int row, const Target& target, int cols, bool vector,
+                                           int lane) {
+  stage(o, tile, row, 0, lane);
+  arch::sync_warp();  // the lanes of a row read each other's columns
+  copy_rows(tile, row, kM * 16, target, cols, vector, lane, 32);
 }
 
 }  // namespace flashinfer_lite::tile

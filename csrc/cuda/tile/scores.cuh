@@ -177,28 +177,41 @@ struct ScoreOrigin {
   int key;
 };
 
-// Scale, softcap and mask, in units of log2.
+// Scale or softcap, to units of log2.
 template <class Params, int kM, int kTiles>
-__device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Params& p,
-                                             const PackedRows& rows, const KeySlots& slots,
-                                             const ScoreOrigin& at, int lane) {
-  const bool masked = p.mask.type != MaskType::kNone;
-  if (p.softcap == 0) {
-    multiply(s, p.scale_log2);
-    if (!masked) return;
-  }
+__device__ __forceinline__ void scale_or_cap(float (&s)[kM][kTiles][4], const Params& p) {
+  if (p.softcap == 0) return multiply(s, p.scale_log2);
 #pragma unroll 1
   for (int i = 0; i < kM * 2; ++i) {  // all rows that the lane holds
-    if (p.softcap != 0) {
-      replace_in_first_row(s, [&](float x) { return p.from_cap * arch::tanh(x * p.to_cap); });
-    }
+    replace_in_first_row(s, [&](float x) { return p.from_cap * arch::tanh(x * p.to_cap); });
+    rotate_rows(s);
+  }
+}
+
+// The mask, if there is one, on scores in units of log2.
+template <class Params, int kM, int kTiles>
+__device__ __forceinline__ void add_mask_rows(float (&s)[kM][kTiles][4], const Params& p,
+                                              const PackedRows& rows, const KeySlots& slots,
+                                              const ScoreOrigin& at, int lane) {
+  if (p.mask.type == MaskType::kNone) return;
+#pragma unroll 1
+  for (int i = 0; i < kM * 2; ++i) {
     const int r = at.row + i * 8 + lane / 4;
-    if (masked && arch::predicate(r < rows.rows)) {
+    if (arch::predicate(r < rows.rows)) {
       const int64_t offset = mask_offset(p.mask, at.batch_idx, rows[r]) + at.key * p.mask.col;
       add_mask(s, p.mask, offset, slots.end - at.key, lane);
     }
     rotate_rows(s);
   }
+}
+
+// Scale, softcap and mask, in units of log2.
+template <class Params, int kM, int kTiles>
+__device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Params& p,
+                                             const PackedRows& rows, const KeySlots& slots,
+                                             const ScoreOrigin& at, int lane) {
+  scale_or_cap(s, p);
+  add_mask_rows(s, p, rows, slots, at, lane);
 }
 
 // Hidden scores become -inf: by length, causal and window.

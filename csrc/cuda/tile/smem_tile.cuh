@@ -29,6 +29,11 @@ struct SmemTile {
            static_cast<uint32_t>(col % chunk_elements * static_cast<int>(sizeof(Element)));
   }
 
+  // The tile without its first rows, a multiple of 8.
+  __device__ __forceinline__ SmemTile from_row(int row) const {
+    return {base + static_cast<uint32_t>(row * chunks * 16)};
+  }
+
   // From the address of chunk (row, c) to that of (row + rows_on, c + chunks_on), both constants:
   // rows_on a multiple of 8, chunks_on one of a power of two above c. One instruction each, where
   // chunk() would have the compiler keep an address per place in registers.

@@ -1,0 +1,238 @@
+// What the kernels of the backward share: sizes, where things are, and P and dS from the scores.
+#pragma once
+
+#include <algorithm>
+
+#include "common/params/attention_cuda.h"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/epilogue.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/gemm_tiles.cuh"
+#include "cuda/tile/scheduler.cuh"
+#include "cuda/tile/scores.cuh"
+
+namespace flashinfer_lite::attention_bwd {
+
+using Params = CudaAttentionBwdParams;
+
+// What every kernel of a row agrees on; each has the rest of its own.
+template <class Cfg>
+struct Sizes {
+  using Element = typename Cfg::Element;
+  static constexpr int block_m = Cfg::block_m;  // packed rows
+  static constexpr int head_dim = Cfg::head_dim;
+  static_assert(block_m % 16 == 0, "fragments have 16 rows");
+  using RowTile = tile::SmemTile<Element, block_m, head_dim>;  // of Q, dO or out
+  static constexpr int stats_bytes = block_m * 8;
+  // Kernels whose warps own 16 rows each.
+  static constexpr int row_threads = block_m / 16 * 32;
+};
+
+// A (batch, KV head) and its rows.
+struct Head {
+  __device__ __forceinline__ Head(const Params& params, const tile::ForwardWork& work)
+      : p(params),
+        batch_idx(work.batch_idx),
+        index(int64_t{work.batch_idx} * params.num_heads_kv + work.head_kv),
+        rows{work.head_kv, params.group, params.rows} {}
+
+  // The rows of a tensor from packed row `first` on.
+  template <class Element, class Pointer>
+  __device__ __forceinline__ tile::PackedRowView<Element> row_view(const Strided<Pointer>& x,
+                                                                   int first) const {
+    return {static_cast<Element*>(x.data) + batch_idx * x.batch, x.seqlen, x.head, rows, first};
+  }
+
+  // Of packed row r in row_stats.
+  __device__ __forceinline__ float* stats(int r) const {
+    return p.row_stats + (index * p.padded_rows + r) * 2;
+  }
+
+  // Where 16 rows from r on begin in dQ's accumulator.
+  template <class Cfg>
+  __device__ __forceinline__ float* dq_accum(int r) const {
+    return p.dq_accum + (index * p.padded_rows + r) * Cfg::head_dim;
+  }
+
+  const Params& p;
+  int batch_idx;
+  int64_t index;  // among all (batch, KV head)
+  tile::PackedRows rows;
+};
+
+// Keys or values of a head from slot `first` on. Slots outside of the sequence hold anything.
+template <class Element>
+struct SlotRows {
+  Element* head;  // slot 0
+  int64_t stride;
+  int first;
+  tile::KeySlots slots;
+
+  __device__ __forceinline__ Element* row(int r) const {
+    return head + int64_t{first + r} * stride;
+  }
+  __device__ __forceinline__ Element* next(Element* at, int, int rows_on) const {
+    return at + rows_on * stride;
+  }
+  __device__ __forceinline__ bool valid(int r) const {
+    return first + r >= slots.begin && first + r < slots.end;
+  }
+};
+
+template <class Element, class Pointer>
+__device__ __forceinline__ SlotRows<Element> slot_rows(const Head& h, const Strided<Pointer>& x,
+                                                       int first, const tile::KeySlots& slots) {
+  Element* head = static_cast<Element*>(x.data) + h.batch_idx * x.batch + h.rows.head_kv * x.head;
+  return {head, x.seqlen, first, slots};
+}
+
+// Q, dO and the statistics of a block of rows, as they lie in shared memory.
+template <class Cfg>
+struct RowBlock {
+  using S = Sizes<Cfg>;
+  using Tile = typename S::RowTile;
+  static constexpr int bytes = 2 * Tile::bytes + S::stats_bytes;
+
+  uint32_t base;
+
+  __device__ __forceinline__ Tile q() const { return {base}; }
+  __device__ __forceinline__ Tile dout() const { return {base + Tile::bytes}; }
+  __device__ __forceinline__ uint32_t stats(int row) const {
+    return base + static_cast<uint32_t>(2 * Tile::bytes + row * 8);
+  }
+
+  // Starts the copies; the caller commits and waits.
+  template <int kThreads>
+  __device__ __forceinline__ void load(const Head& h, int first_row) const {
+    using Element = const typename Cfg::Element;
+    const Params& p = h.p;
+    const int thread = arch::thread_idx();
+    tile::load_rows<kThreads>(q(), h.row_view<Element>(p.q, first_row),
+                              static_cast<int>(p.head_dim), p.vector_q, thread);
+    tile::load_rows<kThreads>(dout(), h.row_view<Element>(p.dout, first_row),
+                              static_cast<int>(p.head_dim_v), p.vector_dout, thread);
+    static_assert(S::block_m / 2 <= kThreads, "a thread copies two rows' statistics");
+    if (thread >= S::block_m / 2) return;
+    arch::cp_async_16(stats(2 * thread), h.stats(first_row + 2 * thread), 16);
+  }
+
+  // Once landed: a row that saw no key keeps nothing of its q and dO, which may be NaN (a loss that
+  // divides by the zero output), or 0 * NaN would reach dK and dV.
+  template <int kThreads>
+  __device__ __forceinline__ void drop_rows_without_keys() const {
+    const int thread = arch::thread_idx();
+    bool found = false;
+    for (int row = thread % 32; row < S::block_m; row += 32) found = found || saw_no_key(row);
+    if (!arch::any(found)) return;  // the same for every warp
+#pragma unroll 1
+    for (int i = thread; i < S::block_m * Tile::chunks; i += kThreads) {
+      const int row = i / Tile::chunks;
+      if (!arch::predicate(saw_no_key(row))) continue;
+      arch::sts(q().chunk(row, i % Tile::chunks), arch::U32x4{0, 0, 0, 0});
+      arch::sts(dout().chunk(row, i % Tile::chunks), arch::U32x4{0, 0, 0, 0});
+    }
+    arch::sync_threads();  // zeros are there for all
+  }
+
+ private:
+  __device__ __forceinline__ bool saw_no_key(int row) const {
+    return arch::lds<float>(stats(row)) == tile::kMinusInf;
+  }
+};
+
+// A walk over blocks [first, last) through a ring of kStages places in shared memory:
+// load(block, stage) starts copies, step(block, stage) finds them landed for all.
+template <int kStages, class Load, class Step>
+__device__ __forceinline__ void walk(int first, int last, const Load& load, const Step& step) {
+  static_assert(kStages == 1 || kStages == 2, "one place, or one to compute from and one to fill");
+  int stage = 0;
+  load(first, stage);
+  arch::cp_async_commit();
+#pragma unroll 1
+  for (int block = first; block < last; ++block) {
+    arch::cp_async_wait<0>();
+    arch::sync_threads();  // the block has landed for all; no warp reads the one before any more
+    if (kStages == 2 && block + 1 < last) {
+      load(block + 1, 1 - stage);
+      arch::cp_async_commit();
+    }
+    step(block, stage);
+    if (kStages == 2) stage = 1 - stage;
+    if (kStages == 1 && block + 1 < last) {
+      arch::sync_threads();  // no warp reads the block any more
+      load(block + 1, stage);
+      arch::cp_async_commit();
+    }
+  }
+}
+
+// Whether every one of the rows [first, last] sees every one of the keys.
+__device__ __forceinline__ bool see_all(const Visibility& visible, int first_query, int last_query,
+                                        int first_key, int keys) {
+  return visible.row(last_query).begin <= first_key &&
+         visible.row(first_query).end >= int64_t{first_key} + keys;
+}
+
+// The products s = q k^T and dp = dO v^T become P and dS = P (dp - delta), times the softcap's
+// slope if that is wanted. `stats` is the shared address of the warp's first row's. Without kMasked
+// every row sees every key, and the scores want no more than a scale.
+template <bool kMasked, int kM, int kTiles>
+__device__ __forceinline__ void score_gradients(float (&s)[kM][kTiles][4],
+                                                float (&dp)[kM][kTiles][4], const Head& h,
+                                                const tile::KeySlots& slots,
+                                                const tile::ScoreOrigin& at, uint32_t stats,
+                                                bool wants_slope, int lane) {
+  const Params& p = h.p;
+  if (kMasked && p.scale_first) tile::scale_or_cap(s, p);
+  // tanh of the capped score, which the mask would hide.
+  const bool sloped = kMasked && wants_slope && p.softcap != 0;
+  const float to_tanh = sloped ? 1.f / p.from_cap : 0.f;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto row = arch::lds<tile::Float2>(
+          stats + static_cast<uint32_t>((m * 16 + half * 8 + lane / 4) * 8));
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          dp[m][n][e] -= row.y;
+          if (sloped) {
+            const float tanh = s[m][n][e] * to_tanh;
+            dp[m][n][e] *= fmaf(-tanh, tanh, 1.f);
+          }
+        }
+      }
+    }
+  }
+  if (kMasked) {
+    if (p.scale_first) tile::add_mask_rows(s, p, h.rows, slots, at, lane);
+    tile::hide_scores(s, p, h.rows, slots, at, lane);
+  }
+  const float scale = p.scale_first ? 1.f : p.scale_log2;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto lse =
+          arch::lds<float>(stats + static_cast<uint32_t>((m * 16 + half * 8 + lane / 4) * 8));
+      // Of a row without keys: every P is 0.
+      const float base = lse == tile::kMinusInf ? -tile::kMinusInf : lse;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          // A hidden score is -inf, whatever the base. P <= 1: the rounding of a large lse must
+          // not push it over.
+          const float exponent = fmaf(s[m][n][e], scale, -base);
+          const float prob = arch::exp2(exponent > 0.f ? 0.f : exponent);
+          s[m][n][e] = prob;
+          dp[m][n][e] *= prob;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flashinfer_lite::attention_bwd
