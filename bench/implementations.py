@@ -104,7 +104,8 @@ def candidates(
     """
     q, k, v, dout = make_inputs(shape, op, dtype, device)
     if op == "attention_bwd":
-        return {c.name: c for c in _backward(shape, q, k, v, dout)}
+        rivals = {"cpu": _backward_rivals, "gpu": _backward_rivals_on_gpu}[peers]
+        return {c.name: c for c in _backward(shape, q, k, v, dout, rivals)}
     ways = {
         ("attention", "cpu"): _forward,
         ("attention", "gpu"): _forward_on_gpu,
@@ -293,49 +294,49 @@ def _paged(q, k, v, copies: int):
     return lambda: flashinfer_lite.decode(q, *next(kv), block_table=table)
 
 
-def _backward(shape: Shape, q, k, v, dout):
-    mask = _sdpa_mask(shape, q.device)
+def _gradients(name, forward, leaves, grad_out, to_ours):
+    """A candidate that times the gradients of `forward` in the leaves; it runs once, when first
+    wanted."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = []
+
+    def run():
+        if not out:
+            out.append(forward(*leaves))
+        return torch.autograd.grad(out[0], leaves, grad_out, retain_graph=True)
+
+    return Candidate(name, run, lambda: tuple(to_ours(run())))
+
+
+def _backward(shape: Shape, q, k, v, dout, rivals):
     options = {"causal": shape.causal, "window": window_of(shape)}
+    ours = functools.partial(flashinfer_lite.attention, **options)
+    yield _gradients("ours", ours, (q, k, v), dout, lambda grads: grads)
+    yield from rivals(shape, *(_bhsd(t) for t in (q, k, v, dout)))
 
-    def candidate(name, forward, leaves, grad_out, to_ours):
-        leaves = [t.detach().requires_grad_() for t in leaves]
-        out = forward(*leaves)
 
-        def run():
-            return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
-
-        return Candidate(name, run, lambda: tuple(to_ours(run())))
-
-    yield candidate(
-        "ours",
-        lambda q, k, v: flashinfer_lite.attention(q, k, v, **options),
-        (q, k, v),
-        dout,
-        lambda grads: grads,
-    )
-    heads_first = [_bhsd(t) for t in (q, k, v)]
-    grad_out = _bhsd(dout)
+def _backward_rivals(shape: Shape, q, k, v, dout):
+    mask = _sdpa_mask(shape, q.device)
     gqa = shape.group_size > 1
-    yield candidate(
-        "sdpa-gqa" if gqa else "sdpa",
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **mask),
-        heads_first,
-        grad_out,
-        lambda grads: map(_bshd, grads),
-    )
-    if gqa:
-        qh, kh, vh = heads_first
-        wide = [qh, *(t.repeat_interleave(shape.group_size, 1) for t in (kh, vh))]
+    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=gqa, **mask)
+    name = "sdpa-gqa" if gqa else "sdpa"
+    yield _gradients(name, sdpa, (q, k, v), dout, lambda grads: map(_bshd, grads))
+    if not gqa:
+        return
+    wide = [q, *(t.repeat_interleave(shape.group_size, 1) for t in (k, v))]
 
-        def fold(grads):  # the gradient of a shared head is the sum over its group
-            dq, dk, dv = grads
-            folded = (t.unflatten(1, (-1, shape.group_size)).sum(2) for t in (dk, dv))
-            return map(_bshd, (dq, *folded))
+    def fold(grads):  # the gradient of a shared head is the sum over its group
+        dq, dk, dv = grads
+        folded = (t.unflatten(1, (-1, shape.group_size)).sum(2) for t in (dk, dv))
+        return map(_bshd, (dq, *folded))
 
-        yield candidate(
-            "sdpa-expanded",
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **mask),
-            wide,
-            grad_out,
-            fold,
-        )
+    expanded = functools.partial(F.scaled_dot_product_attention, **mask)
+    yield _gradients("sdpa-expanded", expanded, wide, dout, fold)
+
+
+def _backward_rivals_on_gpu(shape: Shape, q, k, v, dout):
+    """The kernel that SDPA's forward is told to use brings its own backward."""
+    options = {"enable_gqa": shape.group_size > 1, **_sdpa_mask(shape, q.device)}
+    for name, backend in GPU_BACKENDS.items():
+        run = functools.partial(_on, backend, **options)
+        yield _gradients(name, run, (q, k, v), dout, lambda grads: map(_bshd, grads))

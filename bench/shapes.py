@@ -89,6 +89,11 @@ GPU_DEFAULTS = {
         for seqlen in (4096, 1024, 16384, 2048, 8192)
         for head_dim in (128, 64, 256)
     ),
+    "attention_bwd": tuple(
+        f"fa-hd{head_dim}@{seqlen}x{TOKENS // seqlen}"
+        for seqlen in (4096, 1024, 16384)
+        for head_dim in (128, 64, 256)
+    ),
     "overhead": ("llama3-8b@16",),
 }
 # Compiling FlexAttention takes longer than timing everything else: only for these, by (op, shape).

@@ -166,7 +166,7 @@ ROWS = [
         SIXTEEN_BIT, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=128, block_m=64, block_n=64, num_warps=4, num_stages=1
+        SIXTEEN_BIT, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1

@@ -276,7 +276,7 @@ def native(name, x, otherwise=""):
         )
 
 
-def no_cuda_backward(*tensors, op="attention_bwd"):
+def no_cuda_backward(op, *tensors):
     """Refuse what could not be differentiated before it is computed."""
     if tensors[0].device.type == "cuda" and torch.is_grad_enabled():
         if any(x is not None and x.requires_grad for x in tensors):

@@ -135,10 +135,8 @@ def explain(op, *args, **kwargs) -> Explanation:
         rejected = {"cpu": "impl='reference' was asked for"}
         return Explanation(f"{name} reference", (q.shape[1], k.shape[1]), 1, rejected)
 
-    if name == "attention":
-        _check.no_cuda_backward(q, k, v, given["mask"])
-    elif name == "attention_varlen":
-        _check.no_cuda_backward(q, k, v, op="attention_varlen_bwd")
+    if name == "attention_varlen":
+        _check.no_cuda_backward("attention_varlen_bwd", q, k, v)
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"q: expected a CPU or CUDA tensor to explain, got one on {q.device}")
     if q.device.type == "cuda":

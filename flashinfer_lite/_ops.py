@@ -22,11 +22,14 @@ _RAGGED = f"Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_LENGTHS}"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
 _PHI = "float? phi=None, Tensor? phi_heads=None"
 _PAGED = f"{_PHI}, Tensor? block_table=None"
+# On CUDA the gradients' bits differ from run to run without it.
+_DETERMINISTIC = "bool deterministic=False"
 SCHEMAS = {
-    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}) "
-    "-> (Tensor, Tensor)",
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}, "
+    f"{_DETERMINISTIC}) -> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask, {_DETERMINISTIC}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "attention_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_RAGGED}, {_SCORES}, "
     f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}) -> (Tensor, Tensor)",
     "attention_varlen_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -214,7 +217,8 @@ def _(x, weight, bias, kernel, out):
 @torch.library.register_fake("flashinfer_lite::attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
     _one_device(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv)
-    dmask = mask.new_empty(mask.shape, dtype=lse.dtype) if rest[-1] else lse.new_empty(0)
+    wants_dmask = rest[5]
+    dmask = mask.new_empty(mask.shape, dtype=lse.dtype) if wants_dmask else lse.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 
 
@@ -222,7 +226,7 @@ def _save_attention(ctx, inputs, output):
     # lse is true whatever the softmax stood on: the backward does not see phi.
     q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs[:11]
     ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, *output)
-    ctx.scalars = scalars
+    ctx.scalars, ctx.deterministic = scalars, inputs[13]
     ctx.set_materialize_grads(False)
 
 
@@ -237,15 +241,21 @@ def _as_read(dout, dlse, out):
 
 def _attention_backward(ctx, dout, dlse):
     q, k, v, mask, kv_start, seqlens_kv, out, lse = ctx.saved_tensors
-    none = [None] * 10  # of the inputs from mask on
+    none = [None] * 11  # of the inputs from mask on
     if dout is None and dlse is None:
         return None, None, None, *none
     dout, dlse = _as_read(dout, dlse, out)
     wants_dmask = mask is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = attention_bwd(
-        dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *ctx.scalars, wants_dmask
-    )
-    return dq, dk, dv, dmask.to(mask.dtype) if wants_dmask else None, *none[1:]
+    shape = mask.shape if wants_dmask else None
+    deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
+    if wants_dmask and deterministic and q.device.type == "cuda":
+        # Rows that share an element of the mask would add to it in any order.
+        mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    inputs = dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv
+    dq, dk, dv, dmask = attention_bwd(*inputs, *ctx.scalars, wants_dmask, deterministic)
+    if not wants_dmask:
+        return dq, dk, dv, *none
+    return dq, dk, dv, dmask.sum_to_size(shape).to(mask.dtype), *none[1:]
 
 
 torch.library.register_autograd(

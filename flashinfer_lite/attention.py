@@ -54,7 +54,10 @@ def attention(
             broadcasts to [batch, num_heads_q, seqlen_q, seqlen_kv].
         kv_start, seqlens_kv: int32 or int64 [batch]: the visible slots of each sequence are
             kv_start <= j < seqlens_kv; bottom-right alignment counts from seqlens_kv.
-        deterministic: accepted for symmetry; forward and backward are always bitwise repeatable.
+        deterministic: gradients whose bits are the same in every run, as everything else is
+            anyway. On CUDA it costs two products of seven, and, where a mask that broadcasts
+            requires grad, float32 memory for its gradient at full size. So does
+            torch.use_deterministic_algorithms(True).
         batch_invariant: likewise always so here: a row of out and lse has bits that depend on its
             own sequence alone.
         impl: "auto", "cpu", "sm80" (CUDA, compute capability 8.0 or higher), or "reference" (the
@@ -87,17 +90,16 @@ def attention(
         RuntimeError: for values only the kernel reads (kv_start, seqlens_kv). On CUDA they are
             clamped instead, because a check would wait for the device; the environment variable
             FLASHINFER_LITE_CHECK=1 asks for it.
-        NotImplementedError: for arguments that have not landed, for CUDA tensors that require grad
-            (the backward has no CUDA kernel yet), and for tensors that carry a tangent of
-            forward-mode AD, which impl="reference" has.
+        NotImplementedError: for arguments that have not landed, and for tensors that carry a
+            tangent of forward-mode AD, which impl="reference" has.
 
     DTensors sharded along batch and heads give DTensors, forward and backward, and nothing is
     communicated; all tensors must then be DTensors. docs/distributed.md tells what is done with
     other placements.
 
-    Limits on CUDA: compute capability 8.0 or higher, no float64, no gradients, and less than 2^30
-    keys and less than 2^30 rows (queries times the heads of a group) per KV head. A device or a
-    size beyond them is a RuntimeError.
+    Limits on CUDA: compute capability 8.0 or higher, no float64, and less than 2^30 keys and less
+    than 2^30 rows (queries times the heads of a group) per KV head. A device or a size beyond them
+    is a RuntimeError.
 
     Gradients are rebuilt from lse: a row whose every key carries a huge finite bias (-1e5 and
     beyond, finfo.min) has an lse without room for its sum, and gradients that are off. Hide keys
@@ -126,7 +128,6 @@ def attention(
     as_reference = _check.impl(impl, q)
     tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True)) | {"sink": sink}
     if not as_reference:
-        _check.no_cuda_backward(*arguments[:4])
         _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
     others = {"kv_start": kv_start, "seqlens_kv": seqlens_kv, "phi": phi}
     if _dtensor.given(*tensors.values(), *others.values()):
@@ -137,13 +138,14 @@ def attention(
             softmax_scale=softmax_scale,
             softcap=softcap,
             softmax=softmax,
+            deterministic=deterministic,
             impl=impl,
         )
         out, lse = _dtensor.call(op, **tensors, **others)
     elif as_reference:
         out, lse = run_reference(arguments, sink)
     else:
-        out, lse = _ops.attention_fwd(*arguments, *phi_of_op)
+        out, lse = _ops.attention_fwd(*arguments, *phi_of_op, bool(deterministic))
         if sink is not None:
             out, lse = _sink.fold(out, lse, sink, return_lse)
     return (out, lse) if return_lse else out

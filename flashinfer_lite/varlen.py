@@ -126,7 +126,7 @@ def attention_varlen(
             return_lse=True,
         )
     else:
-        _check.no_cuda_backward(q, k, v, op="attention_varlen_bwd")
+        _check.no_cuda_backward("attention_varlen_bwd", q, k, v)
         _check.no_forward_ad("attention_varlen", "; impl='reference' has", q=q, k=k, v=v, sink=sink)
         out, lse = _ops.attention_varlen_fwd(
             *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table)

@@ -32,7 +32,6 @@ pytest_plugins = ["cuda_coverage"]
 NO_FLOAT64 = "CUDA kernels refuse float64 by name"
 NOT_EMULATED = f"{EMULATED} has an attention and a flat_gemm of its own, in bfloat16 alone"
 MARKERS = {
-    "gradients": "needs a backward, and CUDA has none yet",
     "checks_values": "CUDA checks the values of lengths under FLASHINFER_LITE_CHECK=1 only",
     "cpu_only": "cpu_only(reason): not on another device",
     "cuda_only": "cuda_only(reason): not on another device",
@@ -76,8 +75,6 @@ def _reason_not_to_run(item, on_cuda):
         other = parameters.get("dtype", torch.bfloat16) != torch.bfloat16
         other |= parameters.get("impl", "flat_gemm") != "flat_gemm"
         return NOT_EMULATED if other and parameters.get("isa") == EMULATED else None
-    if item.get_closest_marker("gradients"):
-        return MARKERS["gradients"]
     checked = os.environ.get("FLASHINFER_LITE_CHECK") == "1"
     if item.get_closest_marker("checks_values") and not checked:
         return MARKERS["checks_values"]
@@ -122,6 +119,17 @@ def _seeded(request):
     seed = request.config.getoption("--seed") ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(device):
+    """On CUDA: gradients whose bits can be compared. check_backward tries the other way too."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    if cuda:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

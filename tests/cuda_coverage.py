@@ -25,6 +25,7 @@ PROPERTY = "cuda_cell"
 MATRICES = {
     "test_cuda_kernels.py": ("attention_fwd", "decode", "combine"),
     "test_cuda_append_kv.py": ("append_kv",),
+    "test_cuda_backward.py": ("attention_bwd",),
     "test_cuda_flat.py": ("flat_gemm", "gemv"),
 }
 EXECUTOR = ("late copies", "eager copies", "block order", "2 OS threads")
@@ -38,7 +39,12 @@ ATTENTION = (
     *("rows 1", "rows tile-1", "rows tile", "rows tile+1"),
     *("keys 0", "keys 1", "keys tile-1", "keys tile", "keys tile+1"),
     *("empty rows", "hidden NaN or inf", "visible NaN or inf", "extreme logits"),
-    *("sequence alone", "unified", "unified, phi by head", "unified, rows recomputed"),
+)
+UNIFIED = ("sequence alone", "unified", "unified, phi by head", "unified, rows recomputed")
+BACKWARD = (
+    *(name for name in ATTENTION if not name.startswith(("keys 0", "hidden", "visible"))),
+    *("lse gradient", "no lse gradient", "deterministic", "dout strides", "dout misaligned"),
+    *("mask gradient", "mask gradient shared", "NaN past the length", "NaN in empty rows"),
 )
 DECODE = (
     *("1 split", "2 splits", "7 splits", "empty splits", "batch invariant", "queries > 1"),
@@ -61,8 +67,9 @@ APPEND_KV = (
 )
 FLAT_GEMM = ("1 split", "2 splits", "7 splits", "empty splits", "same tickets", "any block_m")
 FEATURES = {
-    "attention_fwd": (*ATTENTION, *EXECUTOR),
-    "decode": (*ATTENTION, *DECODE, *EXECUTOR),
+    "attention_fwd": (*ATTENTION, *UNIFIED, *EXECUTOR),
+    "attention_bwd": (*BACKWARD, *EXECUTOR),
+    "decode": (*ATTENTION, *UNIFIED, *DECODE, *EXECUTOR),
     "combine": (*COMBINE, *EXECUTOR),
     "append_kv": (*APPEND_KV, *EXECUTOR),
     "flat_gemm": (*FLAT_LINEAR, *FLAT_GEMM, *EXECUTOR),
@@ -244,6 +251,28 @@ class Recording(simt.Executor):
         out, lse = super().attention(q, k, v, return_lse=True, **arguments)
         self._record_attention(q, k, v, arguments, out, lse)
         return (out, lse) if return_lse else out
+
+    def attention_bwd(
+        self, dout, dlse, q, k, v, out, lse, *, wants_dmask=False, deterministic=False, **arguments
+    ):
+        options = {"wants_dmask": wants_dmask, "deterministic": deterministic}
+        got = super().attention_bwd(dout, dlse, q, k, v, out, lse, **options, **arguments)
+        self._record_attention(q, k, v, arguments, out, lse)
+        mask = arguments.get("mask")
+        empty = (lse == -torch.inf).transpose(1, 2)
+        self.record(
+            [
+                "no lse gradient" if dlse is None else "lse gradient",
+                *(["deterministic"] if deterministic else []),
+                *(["dout strides"] if not dout.is_contiguous() else []),
+                *(["dout misaligned"] if dout.data_ptr() % 16 else []),
+                *(["mask gradient"] if wants_dmask else []),
+                *(["mask gradient shared"] if wants_dmask and 1 in mask.shape else []),
+                *(["NaN past the length"] if not v.isfinite().all() else []),
+                *(["NaN in empty rows"] if q[empty].isnan().any() else []),
+            ]
+        )
+        return got
 
     def decode(self, q, k, v, *, kv_splits=0, batch_invariant=False, return_lse=False, **arguments):
         splitting = {"kv_splits": kv_splits, "batch_invariant": batch_invariant}

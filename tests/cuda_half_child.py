@@ -145,11 +145,26 @@ REFUSALS = {
         {"kernel": "softmax"},
         "kernel: expected attention_fwd or decode, got softmax",
     ),
-    "backward": (
+    "device of dout": (
         "attention_bwd",
-        {},
-        "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or "
-        "train on the CPU",
+        {"dout": on_cuda_1(2, 3, 4, 24)},
+        "dout: expected q's device cuda:0, got cuda:1",
+    ),
+    "shape of dlse": (
+        "attention_bwd",
+        {"dlse": torch.zeros(2, 3, 4)},
+        "dlse: expected shape [2, 4, 3], got [2, 3, 4]",
+    ),
+    "gradient of no mask": (
+        "attention_bwd",
+        {"wants_dmask": True},
+        "wants_dmask: expected an additive mask to differentiate",
+    ),
+    "gradient of a shared mask": (
+        "attention_bwd",
+        {"wants_dmask": True, "mask": torch.zeros(1, 4, 3, 7), "deterministic": True},
+        "deterministic: expected a mask of shape [2, 4, 3, 7] where wants_dmask is True, got "
+        "[1, 4, 3, 7]",
     ),
     "varlen": (
         "attention_varlen_fwd",
@@ -174,6 +189,7 @@ REFUSALS = {
     ),
     # Good calls, on a machine without a device.
     "attention_fwd": ("attention_fwd", {}, "cuda:0: no device properties: "),
+    "attention_bwd": ("attention_bwd", {}, "cuda:0: no device properties: "),
     "decode": ("decode", {"seqlens_kv": torch.tensor([9, -9])}, "cuda:0: no device properties: "),
     "decode.out": ("decode.out", {"kv_splits": 3}, "cuda:0: no device properties: "),
     "merge_states": ("merge_states", {}, "cuda:0: no device properties: "),
@@ -203,6 +219,7 @@ def arguments_of(schema, changes):
         "dout": torch.zeros(2, 3, 4, 24),
         "dlse": None,
         "wants_dmask": False,
+        "deterministic": False,
         "outs": torch.zeros(3, 2, 3, 4, 24),
         "lses": torch.zeros(3, 2, 4, 3),
         "kernel": "decode",

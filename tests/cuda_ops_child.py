@@ -16,6 +16,7 @@ from flashinfer_lite.testing import (
     assert_close,
     assert_lse_close,
     assert_same_bits,
+    check_backward,
     check_forward,
     make_mask,
     make_qkv,
@@ -130,6 +131,83 @@ def attention(variant):
     q, k, v = make_qkv(*SHAPE, dtype=DTYPES[dtype], layout="bhsd")
     check_forward(on_gpu(fi.attention, impl="sm80"), q, k, v, **FEATURES[feature]())
     assert launched() == [f"attention_fwd_sm80_{dtype}_d64"]
+
+
+def trained(function=fi.attention, **bound):
+    """`function` on a GPU, with gradients: autograd's own threads know no made-up GPU, so its
+    formula is called here."""
+
+    class Trained(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, mask, arguments):
+            ctx.set_materialize_grads(False)
+            tensors = put(*(t.detach() for t in (q, k, v)))
+            mask = (
+                None if mask is None else put(mask.detach())[0].requires_grad_(mask.requires_grad)
+            )
+            lengths = {n: put(x)[0] if torch.is_tensor(x) else x for n, x in arguments.items()}
+            with torch.enable_grad():
+                leaves = [t.requires_grad_() for t in tensors]
+                outputs = function(*leaves, mask=mask, return_lse=True, **lengths, **bound)
+            assert outputs[0].grad_fn is outputs[1].grad_fn
+            ctx.node = outputs[0].grad_fn
+            return tuple(x.detach().memory for x in outputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            gradients = [None if x is None else put(x)[0] for x in gradients]
+            found = ctx.node(*gradients)[:4]
+            return *(None if x is None else x.memory for x in found), None
+
+    def op(q, k, v, *, mask=None, return_lse=True, **arguments):
+        return Trained.apply(q, k, v, mask, arguments)
+
+    return op
+
+
+BACKWARD = ["attention_bwd_sm80_{}_d64"]
+
+
+@case(*((dtype, feature) for dtype in ("float32", "bfloat16") for feature in FEATURES))
+def gradients(variant):
+    dtype, feature = variant
+    q, k, v = make_qkv(*SHAPE, dtype=DTYPES[dtype], layout="bhsd")
+    check_backward(trained(), q, k, v, **FEATURES[feature]())
+    name = {"float32": "attention_bwd_sm80_float32_d64"}.get(
+        dtype, f"attention_bwd_sm80_{dtype}_d64_s2_w8"
+    )
+    assert launched() == [name] * 4, "rows, keys, finish; a mask that wants no gradient: no more"
+
+
+@case(False, True)
+def gradient_of_a_mask(deterministic):
+    q, k, v = make_qkv(*SHAPE, dtype=torch.bfloat16)
+    op = trained(deterministic=deterministic)
+    for shape in ((2, 4, 5, 70), (4, 1, 70), (70,)):
+        mask = make_mask("additive", shape).requires_grad_()
+        check_backward(op, q, k, v, mask=mask, softcap=3.0)
+        assert len(launched()) == 4
+
+
+@case()
+def gradients_are_the_same_every_time_if_asked_for():
+    q, k, v = make_qkv(*SHAPE, dtype=torch.bfloat16)
+    check_backward(trained(deterministic=True), q, k, v, causal=True)
+    assert "aten::new_zeros" not in gpus().asked
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_backward(trained(), q, k, v, causal=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@case()
+def gradients_without_keys_or_queries():
+    q, k, v = make_qkv(*SHAPE)
+    check_backward(trained(), q, k[:, :0], v[:, :0])
+    assert launched() == []
+    check_backward(trained(), q[:, :0], k, v)
+    assert launched() == []
 
 
 @case("float32", "float16")

@@ -105,7 +105,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.asked.append(op.name())
-        if op is torch.ops.aten.new_empty.default:
+        zeros = op is torch.ops.aten.new_zeros.default
+        if zeros or op is torch.ops.aten.new_empty.default:
             like, shape = args
             dtype = kwargs.get("dtype") or like.dtype
         elif op is torch.ops.aten.empty_strided.default:
@@ -116,8 +117,8 @@ class Allocations(TorchDispatchMode):
             return op(*args, **kwargs)
         memory = guarded(self.module, shape, dtype)
         name = f"{op.overloadpacket.__name__} {len(self.asked)}"
-        self.session.register_buffer(memory.data_ptr(), memory.nbytes, name, True, False)
-        return memory
+        self.session.register_buffer(memory.data_ptr(), memory.nbytes, name, True, zeros)
+        return memory.zero_() if zeros else memory
 
 
 class Gpus:

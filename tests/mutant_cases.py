@@ -24,6 +24,7 @@ from flashinfer_lite.testing import (
 
 INSTANCES = {
     "attention_fwd": "attention_fwd_sm80_bfloat16_d64",
+    "attention_bwd": "attention_bwd_sm80_bfloat16_d64_s2_w8",
     "decode": "decode_sm80_bfloat16_d64_s2",
     "combine": "combine_sm80_bfloat16_from_bfloat16",
     "append_kv": "append_kv_sm80_bfloat16",
@@ -32,6 +33,7 @@ INSTANCES = {
 }
 # Beside the kernel's own row: what the cases of decode merge their splits with.
 MERGES_SPLITS = "combine_sm80_bfloat16_from_float32"
+ONE_STAGE = "attention_bwd_sm80_bfloat16_d256"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -98,6 +100,7 @@ class Attention:
         self.wanted = dict(arguments)  # where the oracle is to be told something else
         self.bound = {}  # of decode alone
         self.device = {}
+        self.instance = INSTANCES[kernel]
         self.around = contextlib.nullcontext
         self.pages = None  # (k, v) of a paged cache; self.k and self.v are what it stands for
 
@@ -113,7 +116,7 @@ class Attention:
         if self.device:
             sizes = {"num_sms": 132, "smem_optin": 232448, "smem_per_sm": 233472, **self.device}
             device = simt.load().Device(arch=90, **sizes)
-        return simt.Executor(INSTANCES[self.kernel], device, tolerate=True, **options)
+        return simt.Executor(self.instance, device, tolerate=True, **options)
 
     def _call(self, options):
         executor = self._executor(options)
@@ -410,8 +413,10 @@ def combine_cases():
 @functools.cache
 def suite():
     from mutant_append import append_cases  # all are made of what is here
+    from mutant_backward import backward_cases
     from mutant_flat import flat_cases
     from mutant_unified import unified_cases
 
     ours = [*attention_cases(), *decode_cases(), *combine_cases()]
-    return [*ours, *unified_cases(), *append_cases(), *flat_cases()]
+    trained = [*backward_cases(), *unified_cases()]
+    return [*ours, *trained, *append_cases(), *flat_cases()]

@@ -18,7 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-KERNELS = ("attention_fwd", "decode", "combine", "append_kv", "flat_gemm", "gemv")
+KERNELS = (
+    *("attention_fwd", "attention_bwd", "decode", "combine"),
+    *("append_kv", "flat_gemm", "gemv"),
+)
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Mutant:
 def default_kernels(file):
     """Whose cases a file's mutants have to get past."""
     own = [kernel for kernel in KERNELS if file == f"kernels/{kernel}/sm80.cuh"]
+    if file.startswith("kernels/attention_bwd/") or file == "tile/gemm_tiles.cuh":
+        own = ["attention_bwd"]
     flat = file in ("tile/ragged.cuh", "flat_linear.cpp")
     return tuple(own or (("flat_gemm", "gemv") if flat else ("attention_fwd", "decode")))
 

@@ -26,11 +26,12 @@ import mutant_build
 import mutant_run
 import mutant_sources
 import torch
-from mutant_cases import INSTANCES, MERGES_SPLITS, suite
+from mutant_cases import INSTANCES, MERGES_SPLITS, ONE_STAGE, suite
 from mutant_sources import CUDA, KERNELS, ROOT
 
 ROWS = {kernel: [row] for kernel, row in INSTANCES.items()}
 ROWS["decode"].append(MERGES_SPLITS)
+ROWS["attention_bwd"].append(ONE_STAGE)
 KIND_OF_CALL = {
     "sync_threads": "barrier",
     "sync_threads_or": "barrier",

@@ -18,7 +18,6 @@ from flashinfer_lite.testing.tolerance import STRICT_KEYS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-pytestmark = pytest.mark.gradients
 
 
 def lengths(*values):

@@ -31,7 +31,6 @@ def train(q, k, v):
     return out.square().sum() + lse.sum()
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_training(device, dynamic):
     step = compiled(train, dynamic)
@@ -43,7 +42,6 @@ def test_training(device, dynamic):
             assert_same_bits(x, y, name)
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_mask_and_lengths(device, dynamic):
     def run(q, k, v, mask, ends):
@@ -112,7 +110,6 @@ def test_faces(device, dynamic):
         assert_same_bits(step(q, k, v), run(q, k, v))
 
 
-@pytest.mark.gradients
 def test_merge_states(device):
     def run(q, k, v):
         first = attention(q, k[:, :5], v[:, :5], return_lse=True)
@@ -147,7 +144,6 @@ def test_new_lengths_do_not_recompile(device):
     assert len(set(frames)) == 1  # dynamo may trace the first call more than once
 
 
-@pytest.mark.gradients
 def test_layouts_that_inductor_must_keep(device):
     # One compile with Inductor: it may choose other strides between ops than eager does.
     linear = torch.nn.Linear(64, 3 * 64, device=device)

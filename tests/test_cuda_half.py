@@ -86,7 +86,7 @@ PUBLIC = {
     "decode": "cuda:0 [2, 3, 4, 24]",
     "no_grad": "cuda:0 [2, 3, 4, 24]",
     "float64": "TypeError: q: expected dtype float32, bfloat16 or float16 on CUDA, got torch.fl",
-    "gradients": "NotImplementedError: attention_bwd: no CUDA kernel yet; for inference use torch",
+    "gradients": "cuda:0 [2, 3, 4, 24]",
     "cpu": "ValueError: impl: 'cpu' expects CPU tensors, got cuda:0",
     "sm90": "NotImplementedError: impl: not implemented yet, got 'sm90'",
     "states": "TypeError: outs: expected dtype float32, bfloat16 or float16 on CUDA, got torch.fl",

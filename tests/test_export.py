@@ -73,7 +73,6 @@ def test_exported_program_equals_eager(device, strict, tmp_path):
             assert_same(run(*given), expected)
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 def test_exported_attention_trains(device, strict):
     class Attention(torch.nn.Module):

@@ -50,7 +50,7 @@ def commands(run, monkeypatch):
 
     def command(name, arguments, seconds, **environment):
         asked[name] = ([str(x) for x in arguments], seconds, environment)
-        run.logs[name] = "not on cuda: 7 tests: needs a backward\n"
+        run.logs[name] = "not on cuda: 7 tests: CUDA kernels refuse float64 by name\n"
         asked.write(asked[name][0])
         return asked.status
 
@@ -75,7 +75,9 @@ def test_the_tests_stage_asks_for_the_tests_twice(device, run, commands):
     assert (
         found["summary"] == "8 passed, 0 failed; with FLASHINFER_LITE_CHECK=1: 8 passed, 0 failed"
     )
-    assert found["details"]["numerics"]["not_here"] == ["7 tests: needs a backward"]
+    assert found["details"]["numerics"]["not_here"] == [
+        "7 tests: CUDA kernels refuse float64 by name"
+    ]
     for name, chosen, checked in (
         ("tests", "not slow", {}),
         ("tests_checked", "checks_values", {"FLASHINFER_LITE_CHECK": "1"}),

@@ -162,7 +162,6 @@ def test_layers_that_are_not_attention(device):
         hf.patch(model, calibration=calibration)
 
 
-@pytest.mark.gradients
 def test_gradients(device):
     """Patched in inference mode, then trained: phi is a constant of the graph."""
     model = make_model("llama", device=device, initializer_range=0.1).train()

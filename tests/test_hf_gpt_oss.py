@@ -80,7 +80,6 @@ def test_patch(device):
         assert torch.equal(generate(ours, batch), expected)
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_gradients(device, padding):
     eager = make_eager(device, initializer_range=0.1)
@@ -99,7 +98,6 @@ def test_gradients(device, padding):
         assert_close(actual[name], oracle[name], expected[name], name, gradient=True)
 
 
-@pytest.mark.gradients
 def test_compiled_training_step(device):
     torch._dynamo.reset()
     ours = make_eager(device, initializer_range=0.1)

@@ -49,7 +49,7 @@ def test_row_is_complete(row):
     assert (ROOT / f"csrc/cuda/kernels/{row.kernel}/sm{row.arch}.cuh").exists()
 
 
-@pytest.mark.parametrize("kernel", ["attention_fwd", "decode"])
+@pytest.mark.parametrize("kernel", ["attention_fwd", "attention_bwd", "decode"])
 @pytest.mark.parametrize("dtype", instances.DTYPES)
 def test_every_head_dim_up_to_256_has_a_row(kernel, dtype):
     sizes = {row.head_dim for row in ROWS if (row.kernel, row.dtype) == (kernel, dtype)}

@@ -86,7 +86,7 @@ def test_what_a_change_concerns(device, monkeypatch):
 
     assert changed("README.md", "csrc/ops/decode_cpu.cpp") == ()
     assert changed("csrc/cuda/kernels/decode/sm80.cuh") == ("decode",)
-    assert changed("csrc/cuda/tile/scheduler.cuh") == ("attention_fwd",)
+    assert changed("csrc/cuda/tile/scheduler.cuh") == ("attention_fwd", "attention_bwd")
     assert changed("csrc/common/types.h") == KERNELS
     assert changed("csrc/simt/barrier.cpp") == KERNELS
     assert changed("csrc/cuda/dispatch.cpp") == KERNELS

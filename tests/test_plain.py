@@ -86,7 +86,6 @@ def test_who_has_to_be_checked_first(device, short, op):
     assert all(result is None for result in short)
 
 
-@pytest.mark.gradients
 def test_gradients_go_the_long_way(device, short):
     q, k, v = make_qkv(1, 3, 9, 2, 1, 16, device=device)
     for x in (q, k, v):

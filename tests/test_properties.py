@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -89,7 +88,6 @@ def test_forward_is_the_oracle(device, isa, problem):
     check_forward(attention, q, k, v, **arguments)
 
 
-@pytest.mark.gradients
 @per_level
 @given(problem=problems(max_seqlen=50))
 def test_backward_is_the_oracle(device, isa, problem):

@@ -52,9 +52,7 @@ CPP_TYPES = {
 }
 SCALARS = (0.25, 0.0, 1, -1, -1)
 LAYOUTS = ["contiguous", "fused", "bhsd", "misaligned", "expand"]
-without_and_with_gradients = pytest.mark.parametrize(
-    "requires_grad", [False, pytest.param(True, marks=pytest.mark.gradients)]
-)
+without_and_with_gradients = pytest.mark.parametrize("requires_grad", [False, True])
 
 
 def op_named(name):
@@ -156,7 +154,6 @@ def test_opcheck_attention_fwd_layouts(device, layout, requires_grad):
     torch.library.opcheck(_ops.attention_fwd, (*inputs, None, None, None, *SCALARS))
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 def test_opcheck_attention_bwd(device, mask):
     q, k, v = sample(device)
@@ -185,7 +182,7 @@ def test_opcheck_attention_varlen_fwd(device, requires_grad, lengths, layout):
     torch.library.opcheck(_ops.attention_varlen_fwd, (*inputs, *SCALARS, None, 9, 0.0))
 
 
-@pytest.mark.gradients
+@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 @pytest.mark.parametrize("lengths", [False, True])
 def test_opcheck_attention_varlen_bwd(device, lengths):
     q, k, v, *rest = ragged(device, lengths)
@@ -261,7 +258,7 @@ def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
         check_fake(op, arguments)
 
 
-@pytest.mark.gradients
+@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 @pytest.mark.parametrize("layout", ["contiguous", "bhsd", "misaligned", "expand"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_fake_results_of_a_ragged_batch_have_the_strides_of_real_ones(device, layout, dtype):
@@ -271,7 +268,6 @@ def test_fake_results_of_a_ragged_batch_have_the_strides_of_real_ones(device, la
     check_fake(_ops.attention_varlen_bwd, (out, lse, q, k, v, out, lse, *rest, *SCALARS))
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_fake_gradients_have_the_strides_of_real_ones(device, layout, dtype):

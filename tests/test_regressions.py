@@ -100,7 +100,6 @@ def test_pt_103749_pt_103963_pt_109517_padding_masks(device, isa, dtype):
     assert_close(out[:, 8], attention(q, k[:, 20:], v[:, 20:])[:, 8].double(), out[:, 8], terms=1.0)
 
 
-@pytest.mark.gradients
 @all_dtypes
 def test_pt_103749_pt_103963_padding_masks_in_backward(device, isa, dtype):
     q, k, v = make_qkv(2, 61, 61, 4, 4, 64, dtype=dtype, device=device)
@@ -136,7 +135,6 @@ def test_fi_4452_fa_1778_more_queries_than_keys(device, isa, dtype, seqlen_q):
         assert not out[:, : seqlen_q - 2].any() and (lse[:, :, : seqlen_q - 2] == -math.inf).all()
 
 
-@pytest.mark.gradients
 @all_dtypes
 @pytest.mark.parametrize("seqlen_q", [130, 5])
 def test_fa_1778_more_queries_than_keys_in_backward(device, isa, dtype, seqlen_q):
@@ -212,7 +210,6 @@ def test_fi_2113_fi_4485_sglang_40903_base_of_the_lse(device, isa, dtype):
     assert_close(out, oracle, reference.attention(q, k, v), terms=v.abs().max().item())
 
 
-@pytest.mark.gradients
 def test_fa_1817_fa_1137_gradient_of_the_lse(device, isa):
     q, k, v = make_qkv(2, 9, 30, dtype=torch.float64, device=device, requires_grad=True)
     got = torch.autograd.grad(attention(q, k, v, return_lse=True)[1].mean(), (q, k))
@@ -222,7 +219,6 @@ def test_fa_1817_fa_1137_gradient_of_the_lse(device, isa):
         assert_close_elementwise(x, ref)
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("seqlen", [64, 192, 1, *range(65, 97)])
 def test_pt_196678_cudnn_1072_lse_below_minus_88_in_backward(device, isa, seqlen):
     # exp(0 - lse) of a padding lane overflows; times zero it is NaN.
@@ -251,7 +247,6 @@ def test_fi_2424_fa_1897_vllm_58131_batch_mates(device, heads, threads):
             assert_same_bits(out[slot : slot + 1], alone)
 
 
-@pytest.mark.gradients
 def test_fa_2244_deterministic_backward(device):
     q, k, v = make_qkv(2, 130, 200, 8, 2, 64, device=device, requires_grad=True)
     runs = []
@@ -305,7 +300,6 @@ def test_autocast_leaves_float64(device):
         assert attention(q, k, v).dtype == torch.float64
 
 
-@pytest.mark.gradients
 def test_diffusers_14104_gradient_under_autocast(device):
     q, k, v = make_qkv(1, 9, 12, device=device)
     q.requires_grad_()

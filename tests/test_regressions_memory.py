@@ -63,7 +63,6 @@ def test_pt_190857_sglang_20389_vllm_50427_strides_beyond_31_bits(device):
     assert_same_bits(attention(q, k, k), attention(q, compact, compact))
 
 
-@pytest.mark.gradients
 def test_pt_190857_strides_beyond_31_bits_in_backward(device):
     buffer = torch.empty(24000, 704, 128, dtype=torch.bfloat16, device=device)
     k = buffer.transpose(0, 1)[703:, -33:, None]
@@ -135,7 +134,6 @@ def test_pt_187506_pt_116333_last_dimension_and_size_one_strides(device, isa):
         attention(q, k.mT, v)
 
 
-@pytest.mark.gradients
 @all_dtypes
 def test_fa_355_gradient_of_out_is_not_contiguous(device, isa, dtype):
     q, k, v = make_qkv(2, 4, 4, 32, 1, 128, dtype=dtype, device=device, requires_grad=True)
@@ -165,7 +163,6 @@ def test_qkan_26_xf_813_misaligned_pointers(device, isa, dtype, seqlen):
     assert_same_bits(into.tensor, out)
 
 
-@pytest.mark.gradients
 @all_dtypes
 @pytest.mark.parametrize("seqlen", [43, 77])
 def test_xf_813_misaligned_pointers_in_backward(device, isa, dtype, seqlen):
@@ -237,7 +234,6 @@ def test_nan_of_future_tokens_stays_in_the_future(device, isa, dtype):
         assert out[:, :150].isfinite().all() and out[:, 150].isnan().all()
 
 
-@pytest.mark.gradients
 @all_dtypes
 def test_garbage_beyond_the_length_in_backward(device, isa, dtype):
     q, k, v = make_qkv(2, 20, 90, 4, 2, 40, dtype=dtype, device=device)
@@ -265,7 +261,6 @@ def test_fi_3716_padding_lanes_do_not_count(device, isa, dtype, op, used):
     assert_lse_close(lse, torch.full_like(lse, math.log(used)).double())
 
 
-@pytest.mark.gradients
 def test_pt_119320_many_sequences_with_packed_strides(device):
     packed = torch.randn(2701, 3, 3, 2, 8, device=device, requires_grad=True)
     out = attention(*packed.unbind(2), causal=True)

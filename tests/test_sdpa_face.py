@@ -134,7 +134,6 @@ def test_rows_without_keys_are_zero(device, isa):
     assert not out[:, :, 4].any()
 
 
-@pytest.mark.gradients
 def test_rows_without_keys_have_no_gradient(device, isa):
     query, key, value = (t.requires_grad_() for t in bhsd(device))
     mask = torch.ones(9, 13, dtype=torch.bool, device=device)
@@ -156,7 +155,6 @@ def test_zero_size_dimensions(device, isa, empty):
     assert got.shape == expected.shape and not got.any()
 
 
-@pytest.mark.gradients
 def test_gradients(device, isa):
     tensors = [t.double().requires_grad_() for t in bhsd(device, heads=(4, 2), dims=(16, 24))]
     mask = make_mask("additive", (4, 1, 13), dtype=torch.float64, device=device).requires_grad_()
@@ -242,7 +240,6 @@ def test_swapped(device):
     assert F.scaled_dot_product_attention is TORCH
 
 
-@pytest.mark.gradients
 def test_swapped_reaches_torchs_own_modules(device):
     layer = torch.nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
     layer, x = layer.to(device).train(), torch.randn(2, 7, 64, device=device)

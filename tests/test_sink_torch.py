@@ -14,7 +14,6 @@ INF = math.inf
 
 
 @all_dtypes
-@pytest.mark.gradients
 @every_feature
 def test_gradients(device, isa, dtype, feature):
     for seqlen_q, seqlen_kv, heads_kv in ((1, 60, 1), (13, 40, 2)):
@@ -26,7 +25,6 @@ def test_gradients(device, isa, dtype, feature):
             assert grads[-1].shape == (4,) and grads[-1].dtype == dtype
 
 
-@pytest.mark.gradients
 def test_gradcheck(device, isa):
     """Against finite differences, rows without keys and heads without a sink included."""
     tensors = make_qkv(2, 3, 5, 4, 2, 8, dtype=torch.float64, device=device, requires_grad=True)
@@ -44,7 +42,6 @@ def test_gradcheck(device, isa):
 
 
 @all_dtypes
-@pytest.mark.gradients
 def test_gradients_of_rows_without_keys(device, isa, dtype):
     """The gradient of lse is the sink's, that of out nobody's, though it be NaN."""
     q, k, v = make_qkv(1, 3, 6, 4, 2, 16, dtype=dtype, device=device, requires_grad=True)
@@ -62,7 +59,6 @@ def test_gradients_of_rows_without_keys(device, isa, dtype):
 
 
 @all_dtypes
-@pytest.mark.gradients
 def test_gradients_without_a_sink_are_as_ever(device, isa, dtype):
     q, k, v = make_qkv(2, 7, 30, 4, 2, 16, dtype=dtype, device=device, requires_grad=True)
     used = torch.tensor([30, 0], device=device)
@@ -108,7 +104,6 @@ def test_autocast(device):
         assert_same_bits(x, y)
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_training(device, dynamic):
     torch._dynamo.reset()

@@ -63,7 +63,6 @@ def test_jvp_is_refused_by_name(device, op):
         jvp(op, tensors, tensors)
 
 
-@pytest.mark.gradients
 def test_a_tangent_of_a_mask_or_of_a_leaf_is_refused(device):
     q, k, v = make_qkv(1, 3, 9, 2, 1, 16, device=device, requires_grad=True)
     mask = torch.randn(3, 9, device=device)
@@ -108,7 +107,6 @@ def loss(q, k, v):
 
 
 @a_loop
-@pytest.mark.gradients
 def test_gradients_through_vmap(device):
     leaves = [torch.stack([x, -x]) for x in make_qkv(1, 3, 9, 4, 2, 16, device=device)]
     for x in leaves:
@@ -121,7 +119,6 @@ def test_gradients_through_vmap(device):
 
 
 @a_loop
-@pytest.mark.gradients
 def test_func_grad_is_refused(device):
     """torch.library.register_autograd knows nothing of it, and torch says so in each nesting."""
     tensors = [torch.stack([x, -x]) for x in make_qkv(1, 3, 9, 4, 2, 16, device=device)]

@@ -111,7 +111,6 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.gradients
 @all_dtypes
 @pytest.mark.parametrize("feature", GRADIENTS)
 def test_backward(device, isa, dtype, feature):
@@ -130,7 +129,6 @@ def test_backward(device, isa, dtype, feature):
         assert_close(x, z, y, name, gradient=True, terms=1.0)
 
 
-@pytest.mark.gradients
 def test_gradcheck(device):
     q, k, v = make_qkv(1, 3, 5, 2, 1, 8, dtype=torch.float64, requires_grad=True)
     mask = make_mask("additive_inf", (3, 5), dtype=torch.float64).requires_grad_()
@@ -140,7 +138,6 @@ def test_gradcheck(device):
         assert torch.autograd.gradcheck(lambda *t: run(*t)[1][..., 1:], (q, k, v))  # noqa: B023
 
 
-@pytest.mark.gradients
 def test_phi_has_no_gradient(device):
     q, k, v = make_qkv(1, 3, 5, 2, 1, 8, device=device, requires_grad=True)
     phi = torch.zeros(2, device=device, requires_grad=True)
@@ -165,7 +162,6 @@ def test_opcheck(device, op, heads):
     torch.library.opcheck(getattr(packet, overload or "default"), (*arguments, *phi))
 
 
-@pytest.mark.gradients
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(device, dynamic):
     def train(q, k, v, phi):

@@ -292,6 +292,39 @@ inline void set_pages(AttentionParams& p, Lengths& lengths,
   read_pages(p.block_table, lengths.pages, *block_table, seen);
 }
 
+// dmask is empty unless wanted; then it has mask's shape and the accumulator's dtype, and is 0.
+struct Gradients {
+  Tensor dq, dk, dv, dmask;
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {dq, dk, dv, dmask}; }
+
+  // True if no kernel has to run: there are no rows or no keys.
+  bool finished(const AttentionParams& p, const Tensor& lse) {
+    if (lse.numel() > 0 && p.seqlen_kv > 0) return false;
+    torch::stable::zero_(dq);
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+    return true;
+  }
+
+  // The stride of dmask's dimension i, 0 where it broadcasts.
+  int64_t dmask_stride(int64_t i) const { return dmask.size(i) == 1 ? 0 : dmask.stride(i); }
+};
+
+inline Gradients new_gradients(const AttentionParams& p, const AttentionArgs& a, bool wants_dmask) {
+  check(!wants_dmask || (a.mask && a.mask->scalar_type() != ScalarType::Bool),
+        "wants_dmask: expected an additive mask to differentiate");
+  const ScalarType type = a.q.scalar_type(), accumulator = accumulator_type(type);
+  const auto like_mask = [&](const Tensor& mask) {
+    return torch::stable::new_zeros(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)},
+                                    accumulator);
+  };
+  return {new_tensor(a.q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim}, type),
+          new_tensor(a.k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim}, type),
+          new_tensor(a.v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v}, type),
+          wants_dmask ? like_mask(*a.mask) : new_tensor(a.q, {0}, accumulator)};
+}
+
 struct Outputs {
   Tensor out;
   Tensor lse;
@@ -322,7 +355,8 @@ struct GradientArgs {
 };
 
 // Checks the gradients and results that the backward reads, and fills their views.
-inline void set_results(AttentionBwdParams& p, const GradientArgs& g, const AttentionArgs& a) {
+template <class Params>
+void set_results(Params& p, const GradientArgs& g, const AttentionArgs& a) {
   for (const auto& [name, x] :
        {std::pair<const char*, const Tensor&>{"dout", g.dout}, {"out", g.out}}) {
     check_device(name, x, "q's", a.q);
@@ -345,7 +379,7 @@ inline void set_results(AttentionBwdParams& p, const GradientArgs& g, const Atte
   set_strided(p.out, g.out);
   set_strided(p.dout, g.dout);
   p.lse = g.lse.data_ptr();
-  p.dlse = g.dlse ? g.dlse->data_ptr() : nullptr;
+  p.dlse = g.dlse ? static_cast<decltype(p.dlse)>(g.dlse->data_ptr()) : nullptr;
 }
 
 }  // namespace flashinfer_lite

@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
-    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads) {
+    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads,
+    bool /*deterministic*/) {
   const AttentionArgs args{
       q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
       softcap, causal, window_left, window_right};
@@ -37,13 +38,13 @@ std::tuple<Tensor, Tensor> attention_fwd(
   return {outputs.out, outputs.lse};
 }
 
-// dmask is empty unless wanted; then it has mask's shape and the accumulator's dtype.
+// Bitwise repeatable whether or not that is asked for.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
-    bool wants_dmask) {
+    bool wants_dmask, bool /*deterministic*/) {
   const AttentionArgs args{
       q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
       softcap, causal, window_left, window_right};
@@ -52,43 +53,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   set_params(p, args, DeviceType::CPU);
   set_lengths(p, lengths, kv_start, seqlens_kv);
   set_results(p, {dout, dlse, out, lse}, args);
-  const ScalarType type = q.scalar_type(), accumulator = accumulator_type(type);
-  check(!wants_dmask || (mask && mask->scalar_type() != ScalarType::Bool),
-        "wants_dmask: expected an additive mask to differentiate");
-
-  Tensor dq = new_tensor(q, {p.batch_size, p.seqlen_q, p.num_heads_q, p.head_dim}, type);
-  Tensor dk = new_tensor(k, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim}, type);
-  Tensor dv = new_tensor(v, {p.batch_size, p.seqlen_kv, p.num_heads_kv, p.head_dim_v}, type);
-  Tensor dmask =
-      wants_dmask
-          ? torch::stable::new_zeros(
-                *mask, {mask->size(0), mask->size(1), mask->size(2), mask->size(3)}, accumulator)
-          : new_tensor(q, {0}, accumulator);
-  set_strided(p.dq, dq);
-  set_strided(p.dk, dk);
-  set_strided(p.dv, dv);
+  Gradients gradients = new_gradients(p, args, wants_dmask);
+  set_strided(p.dq, gradients.dq);
+  set_strided(p.dk, gradients.dk);
+  set_strided(p.dv, gradients.dv);
   count_call();
-  if (lse.numel() == 0 || p.seqlen_kv == 0) {
-    torch::stable::zero_(dq);
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
-    return {dq, dk, dv, dmask};
-  }
+  if (gradients.finished(p, lse)) return gradients.tuple();
 
   bool serial = false;
   if (wants_dmask) {
-    const auto stride = [&](int64_t i) { return dmask.size(i) == 1 ? 0 : dmask.stride(i); };
-    p.dmask = dmask.data_ptr();
-    p.dmask_batch = stride(0);
-    p.dmask_head = stride(1);
-    p.dmask_row = stride(2);
-    p.dmask_col = stride(3);
+    p.dmask = gradients.dmask.data_ptr();
+    p.dmask_batch = gradients.dmask_stride(0);
+    p.dmask_head = gradients.dmask_stride(1);
+    p.dmask_row = gradients.dmask_stride(2);
+    p.dmask_col = gradients.dmask_stride(3);
     // Tasks that share a gradient element may not run side by side.
     serial = (p.dmask_batch == 0 && p.batch_size > 1) ||
              (p.dmask_head == 0 && p.num_heads_kv > 1) || p.dmask_col == 0;
   }
-  run_backward(q, cpu_kernels(type), {p}, serial);
-  return {dq, dk, dv, dmask};
+  run_backward(q, cpu_kernels(q.scalar_type()), {p}, serial);
+  return gradients.tuple();
 }
 
 }  // namespace

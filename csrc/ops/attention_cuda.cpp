@@ -1,4 +1,4 @@
-// attention_fwd on CUDA devices; the others have no kernel there yet and say so.
+// attention_fwd and attention_bwd on CUDA devices; the others have no kernel there yet and say so.
 #include <tuple>
 
 #include "ops/runtime_cuda.h"
@@ -10,7 +10,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
-    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads) {
+    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads,
+    bool /*deterministic*/) {
   CudaAttentionParams p;
   set_cuda_params(p, {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal,
                       window_left, window_right});
@@ -30,15 +31,53 @@ std::tuple<Tensor, Tensor> attention_fwd(
   return {outputs.out, outputs.lse};
 }
 
+// The gradient of a mask is added up by atomics: where several rows share an element of it, in any
+// order.
+void check_deterministic(const Gradients& gradients, const AttentionParams& p) {
+  const int64_t full[4] = {p.batch_size, p.num_heads_q, p.seqlen_q, p.seqlen_kv};
+  const Tensor& dmask = gradients.dmask;
+  bool own = true;
+  for (int64_t i = 0; i < 4; ++i) own = own && dmask.size(i) == full[i];
+  check(own, "deterministic: expected a mask of shape [", full[0], ", ", full[1], ", ", full[2],
+        ", ", full[3], "] where wants_dmask is True, got ", shape_text(dmask));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& /*dout*/, const std::optional<Tensor>& /*dlse*/, const Tensor& /*q*/,
-    const Tensor& /*k*/, const Tensor& /*v*/, const Tensor& /*out*/, const Tensor& /*lse*/,
-    const std::optional<Tensor>& /*mask*/, const std::optional<Tensor>& /*kv_start*/,
-    const std::optional<Tensor>& /*seqlens_kv*/, double /*softmax_scale*/, double /*softcap*/,
-    int64_t /*causal*/, int64_t /*window_left*/, int64_t /*window_right*/, bool /*wants_dmask*/) {
-  fail(
-      "attention_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or train on the "
-      "CPU");
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
+    double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
+    bool wants_dmask, bool deterministic) {
+  const AttentionArgs args{
+      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
+      softcap, causal, window_left, window_right};
+  CudaAttentionBwdParams p;
+  set_cuda_params(p, args);
+  set_results(p, {dout, dlse, out, lse}, args);
+  Gradients gradients = new_gradients(p, args, wants_dmask);
+  if (wants_dmask && deterministic) check_deterministic(gradients, p);
+  set_strided(p.dq, gradients.dq);
+  set_strided(p.dk, gradients.dk);
+  set_strided(p.dv, gradients.dv);
+  count_cuda_call();
+  if (gradients.finished(p, lse)) return gradients.tuple();
+
+  const CudaContext context(q);
+  const cuda::Instance& instance =
+      cuda::choose_attention("attention_bwd", cuda_element_type(q.scalar_type()), p.head_dim,
+                             p.head_dim_v, context.device);
+  const cuda::BackwardMemory memory = cuda::backward_memory(p, instance);
+  const Tensor row_stats = new_tensor(q, {memory.row_stats}, ScalarType::Float);
+  const Tensor dq_accum = new_tensor(q, {deterministic ? 0 : memory.dq_accum}, ScalarType::Float);
+  p.row_stats = static_cast<float*>(row_stats.data_ptr());
+  if (!deterministic) p.dq_accum = static_cast<float*>(dq_accum.data_ptr());
+  if (wants_dmask) {
+    p.dmask = {static_cast<float*>(gradients.dmask.data_ptr()), gradients.dmask_stride(0),
+               gradients.dmask_stride(1), gradients.dmask_stride(2), gradients.dmask_stride(3)};
+  }
+  const Status status = cuda::run_attention_bwd(p, instance, context.device, context.stream);
+  check_launch(status, context, instance, p.batch_size * p.num_heads_kv * p.num_m_blocks);
+  return gradients.tuple();
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd(

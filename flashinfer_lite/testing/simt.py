@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from flashinfer_lite import _check
+from flashinfer_lite.attention import attention
 from flashinfer_lite.testing.simt_append import append_kv
 from flashinfer_lite.testing.simt_flat import FlatLinear
 
@@ -96,6 +97,12 @@ class Executor:
         call.add_memory(name, deterministic)
         call.run(lambda: self.module.attention_bwd(call.params, name, self.device))
         return call.gradients()
+
+    def training(self, q, k, v, *, deterministic=False, return_lse=False, **arguments):
+        """`flashinfer_lite.attention` whose backward runs on the executor, the forward natively."""
+        mask = arguments.pop("mask", None)
+        out, lse = _Training.apply(self, deterministic, arguments, q, k, v, mask)
+        return (out, lse) if return_lse else out
 
     def decode(
         self,
@@ -359,6 +366,35 @@ class _Call:
     def results(self, return_lse):
         out, lse = self.out.clone(), self.lse.clone()
         return (out, lse) if return_lse else out
+
+
+class _Training(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, executor, deterministic, arguments, q, k, v, mask):
+        out, lse = attention(q, k, v, mask=mask, **arguments, return_lse=True)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.executor, ctx.deterministic, ctx.arguments = executor, deterministic, arguments
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        *gradients, dmask = ctx.executor.attention_bwd(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            mask=mask,
+            wants_dmask=ctx.needs_input_grad[6],
+            deterministic=ctx.deterministic,
+            **ctx.arguments,
+        )
+        dmask = None if dmask is None else dmask.view(mask.shape).to(mask.dtype)
+        return None, None, None, *gradients, dmask
 
 
 class _BackwardCall(_Call):

@@ -14,7 +14,13 @@ import flat
 import torch
 
 from flashinfer_lite import attention, decode, merge_states, reference
-from flashinfer_lite.testing import assert_close, check_forward, make_mask, make_qkv
+from flashinfer_lite.testing import (
+    assert_close,
+    check_backward,
+    check_forward,
+    make_mask,
+    make_qkv,
+)
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -42,6 +48,29 @@ def attention_cases(device):
     for layout in ("misaligned", "capacity", "fused", "expand"):
         tensors = make_qkv(2, 33, 33, 2, 2, 64, dtype=FLOAT16, device=device, layout=layout)
         yield f"attention {layout}", attention, *tensors, {"causal": True}
+
+
+def backward_cases(device):
+    """Yield (name, op, q, k, v, arguments); masks that require grad are given theirs."""
+    for deterministic in (False, True):
+        op = functools.partial(attention, deterministic=deterministic)
+        label = "deterministic" if deterministic else "atomic"
+        for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+            for head_dim in (64, 128, 256):
+                tensors = make_qkv(1, 67, 131, 2, 1, head_dim, dtype=dtype, device=device)
+                yield f"backward {label} {dtype} {head_dim}", op, *tensors, {"causal": True}
+        q, k, v = make_qkv(2, 37, 53, 4, 2, 72, 40, dtype=BFLOAT16, device=device)
+        ends, starts = lengths(device, 53, 20), lengths(device, 2, 20)
+        bias = make_mask("additive_inf", (4, 37, 53), device=device).requires_grad_()
+        for name, arguments in {
+            "window": {"window": (9, 4)},
+            "lengths": {"seqlens_kv": ends, "kv_start": starts, "causal": "top_left"},
+            "softcap, mask": {"softcap": 8.0, "mask": bias},
+        }.items():
+            yield f"backward {label} {name}", op, q, k, v, arguments
+    for layout in ("misaligned", "capacity", "fused", "expand"):
+        tensors = make_qkv(2, 33, 33, 2, 2, 64, dtype=FLOAT16, device=device, layout=layout)
+        yield f"backward {layout}", attention, *tensors, {"causal": True}
 
 
 def decode_cases(device):
@@ -94,11 +123,16 @@ def main():
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     failures = count = 0
-    for cases in (attention_cases(device), decode_cases(device), unified_cases(device)):
+    for check, cases in (
+        (check_forward, attention_cases(device)),
+        (check_backward, backward_cases(device)),
+        (check_forward, decode_cases(device)),
+        (check_forward, unified_cases(device)),
+    ):
         for name, op, q, k, v, options in cases:
             count += 1
             try:
-                check_forward(op, q, k, v, **options)
+                check(op, q, k, v, **options)
             except AssertionError as error:
                 failures += 1
                 print(f"{name}: {error}", flush=True)

@@ -248,7 +248,16 @@ def bench(run: Run, seconds: float) -> dict:
     path = run.work / "bench.jsonl"
     command = [sys.executable, ROOT / "bench" / "bench.py", "--output", path]
     if run.dry:
-        command += ["--device", "stand-in", "--op", "attention", "decode", "--dtype", "float32"]
+        command += [
+            "--device",
+            "stand-in",
+            "--op",
+            "attention",
+            "attention_bwd",
+            "decode",
+            "--dtype",
+            "float32",
+        ]
         command += ["--shapes", "llama3-8b@24", "--seconds", "0.001"]
     else:
         within = max(seconds - BENCH_SPARE_S, 1)

@@ -54,6 +54,16 @@ struct KeysBlock {
         warp(arch::thread_idx() / 32),
         lane(arch::thread_idx() % 32) {}
 
+  // The same, of which the compiler knows nothing: what only the epilogue derives from it takes no
+  // registers before.
+  __device__ __forceinline__ KeysBlock afresh() const {
+    KeysBlock b = *this;
+    b.warp = arch::opaque(warp);
+    b.lane = arch::opaque(lane);
+    b.first_key = arch::opaque(first_key);
+    return b;
+  }
+
   __device__ __forceinline__ typename T::KeyTile k() const { return {arch::dynamic_smem()}; }
   __device__ __forceinline__ typename T::KeyTile v() const {
     return {k().base + T::KeyTile::bytes};
@@ -195,11 +205,12 @@ __global__ void __launch_bounds__(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>:
                           load, step);
     arch::sync_threads();  // no warp reads K any more
   }
-  stage_gradient(b, dk, p.grad_scale, b.k());
-  stage_gradient(b, dv, 1.f, b.v());
+  const KeysBlock<Cfg> after = b.afresh();
+  stage_gradient(after, dk, p.grad_scale, after.k());
+  stage_gradient(after, dv, 1.f, after.v());
   arch::sync_threads();  // the rows are complete
-  store_gradient(b, p.dk, b.k(), p.head_dim, p.vector_dk);
-  store_gradient(b, p.dv, b.v(), p.head_dim_v, p.vector_dv);
+  store_gradient(after, p.dk, after.k(), p.head_dim, p.vector_dk);
+  store_gradient(after, p.dv, after.v(), p.head_dim_v, p.vector_dv);
 }
 
 }  // namespace flashinfer_lite::attention_bwd
