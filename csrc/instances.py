@@ -59,8 +59,8 @@ KERNELS = {
     ("attention_bwd", 80): Kernel(
         namespace="attention_bwd",
         fields=TILE_FIELDS,
-        sixteen_bit_instructions=(*TENSOR_CORE, "RED"),
-        float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2", "RED"),
+        sixteen_bit_instructions=TENSOR_CORE,
+        float32_instructions=("FFMA", "LDGSTS", "MUFU.EX2"),
     ),
     ("combine", 80): Kernel(
         namespace="combine",

@@ -226,7 +226,8 @@ def _save_attention(ctx, inputs, output):
     # lse is true whatever the softmax stood on: the backward does not see phi.
     q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs[:11]
     ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, *output)
-    ctx.scalars, ctx.deterministic = scalars, inputs[13]
+    ctx.scalars = scalars
+    ctx.deterministic = any(inputs[13:])  # left out where it is the default
     ctx.set_materialize_grads(False)
 
 

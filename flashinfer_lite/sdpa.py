@@ -41,8 +41,6 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: the argument, what is expected, what came. Unlike torch also for a
             last dimension that is not contiguous: K and V would have to be copied.
-        NotImplementedError: for CUDA tensors that require grad while grad mode is on: the backward
-            has no CUDA kernel yet.
 
     >>> q, k = torch.randn(2, 8, 5, 64), torch.randn(2, 2, 9, 64)
     >>> scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).shape

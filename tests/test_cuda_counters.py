@@ -295,3 +295,50 @@ def test_only_the_block_that_met_nan_runs_again(device, executor, row):
         (ex.attention if row.kernel == "attention_fwd" else ex.decode)(q, k, v)
         counts.append(ex.report.totals["mmas"])
     assert counts[1] * 3 == counts[0] * 4  # one head of three
+
+
+def backward_sizes(row):
+    """Of kKeys: warps over rows and across, over keys and across; 16-row tiles of a warp."""
+    row_warps, key_warps = min(2, row.block_m // 16), max(1, row.block_n // 32)
+    others, columns = row.num_warps // row_warps, row.num_warps // key_warps
+    return row_warps, others, key_warps, columns
+
+
+def products_of_tiles(row, steps):
+    """Requests of kKeys: S and dP, and then dV, dK and dQ, for so many steps."""
+    row_warps, others, key_warps, columns = backward_sizes(row)
+    m_tiles, keys = row.block_m // row_warps // 16, row.block_n // others
+    kv_tiles = max(row.block_n // key_warps // 16, 1)
+    kv_columns, dq_columns = row.head_dim // columns, row.head_dim // others
+    warps = steps * row.num_warps
+    if row.dtype == "float32":
+        chunks = row.head_dim // 4
+        scores = 2 * warps * chunks * (2 * m_tiles + keys // 4)
+        kv = 2 * row.block_m * (2 * kv_tiles + kv_columns // 8)
+        dq = row.block_n * (2 * m_tiles + dq_columns // 8)
+        return ("ld.shared", (scores, 4 * scores), (warps * (kv + dq), warps * (kv + dq)))
+    scores = 2 * warps * row.head_dim // 16 * (m_tiles + keys // 16)
+    parts = [max(1, n // 64) for n in (kv_columns, dq_columns)]
+    kv = 2 * row.block_m // 16 * (kv_tiles * parts[0] + kv_columns // 16)
+    dq = row.block_n // 16 * (m_tiles * parts[1] + dq_columns // 16)
+    return ("ldmatrix", (scores, 4 * scores), (warps * (kv + dq), 4 * warps * (kv + dq)))
+
+
+BACKWARD_ROWS = [row for row in ROWS if row.kernel == "attention_bwd"]
+every_backward = pytest.mark.parametrize("row", BACKWARD_ROWS, ids=lambda row: row.name)
+
+
+@every_backward
+def test_backward(device, executor, row):
+    """Blocks of keys read Q and dO once each, and every tile of dQ is added once to."""
+    heads, row_blocks, key_blocks = 2, 2, 3
+    shape = (1, row_blocks * row.block_m, key_blocks * row.block_n, heads, heads, row.head_dim)
+    q, k, v = (t.requires_grad_() for t in make_qkv(*shape, dtype=dtype_of(row)))
+    ex = executor(row)
+    ex.training(q, k, v).sum().backward()
+    got = counted(row, ex.report)
+    steps, owners = heads * key_blocks * row_blocks, heads * key_blocks
+    row_warps, others, _, _ = backward_sizes(row)
+    m_tiles = row.block_m // row_warps // 16
+    for key, value in sorted(got.items()): print(key, value)
+    print(products_of_tiles(row, steps))

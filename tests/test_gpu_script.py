@@ -51,7 +51,7 @@ def test_a_dry_run_walks_every_stage(device, tmp_path):
         assert stage["summary"] and stage["summary"] in done.stdout
     assert result["machine"]["self_test"] and set(result["clocks"]) == {"before", "after"}
     assert len(result["sources_sha256"]) == 64 and result["libraries_sha256"]["_C_cpu.abi3.so"]
-    assert {row["op"] for row in result["rows"]} == {"attention", "decode"}
+    assert {row["op"] for row in result["rows"]} == {"attention", "attention_bwd", "decode"}
     assert len(result["comparisons"]) == 3
     assert "x flash" in done.stdout and "of 3 problems" in done.stdout
     logs = (tmp_path / "gpu-logs.txt").read_text()

@@ -186,10 +186,10 @@ Status run_attention_bwd(CudaAttentionBwdParams& p, const Instance& row, const D
 
   const int64_t heads = p.batch_size * p.num_heads_kv;
   const int64_t columns = p.head_dim + p.head_dim_v;
-  const auto run = [&](CudaBwdPass pass, int64_t blocks_per_head, int64_t bytes_per_head) {
+  const auto run = [&](CudaBwdPass pass, int64_t blocks_per_head, int64_t shared_bytes) {
     p.pass = pass;
     p.num_m_blocks = blocks_per_head;
-    p.heads_per_section = heads_per_section(heads, bytes_per_head, device.l2_bytes);
+    p.heads_per_section = heads_per_section(heads, shared_bytes, device.l2_bytes);
     return checked_blocks(row, blocks_per_head * heads) == 0 ? 0 : row.launch(&p, stream);
   };
   // What the thread blocks of a head all read: the rows those of keys, the keys those of rows.

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = Path(__file__).resolve().parent
 TEST_FILES = (
     "attention_forward",
+    "attention_backward",
     "decode",
     "merge_states",
     "flat_linear",

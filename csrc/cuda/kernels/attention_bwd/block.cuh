@@ -136,7 +136,8 @@ struct RowBlock {
 
  private:
   __device__ __forceinline__ bool saw_no_key(int row) const {
-    return arch::lds<float>(stats(row)) == tile::kMinusInf;
+    // Both, though one would do: neighbouring lanes read neighbouring words.
+    return arch::lds<tile::Float2>(stats(row)).x == tile::kMinusInf;
   }
 };
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Sizes<Cfg>::row_threads)
 
   // Of each quad, the lane that holds the diagonal: columns 2 t and 2 t + 1 of row g.
   const int g = lane / 4;
-  if (lane % 4 != g % 8 / 2) return;
+  if (lane % 4 != g / 2) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = first_row + warp_row + half * 8 + g;
