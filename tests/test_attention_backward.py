@@ -204,6 +204,7 @@ def test_zero_size_dimensions(device, isa, empty):
         assert g.shape == t.shape and not g.any()
 
 
+@pytest.mark.cpu_only("computed in float64, which CUDA kernels refuse by name")
 @pytest.mark.parametrize("feature", ["plain", "causal", "window", "softcap", "everything"])
 def test_gradcheck(device, isa, feature):
     q, k, v = make_qkv(2, 3, 53, 2, 1, 8, dtype=torch.float64, device=device)
@@ -215,6 +216,7 @@ def test_gradcheck(device, isa, feature):
     assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
 
 
+@pytest.mark.cpu_only("computed in float64, which CUDA kernels refuse by name")
 def test_gradcheck_of_everything(device, isa):
     q, k, v = make_qkv(1, 4, 6, 2, 1, 8, 16, dtype=torch.float64, device=device, requires_grad=True)
     for shape in [(6,), (4, 1), (2, 4, 6), (1, 2, 1, 6)]:
@@ -298,6 +300,7 @@ def test_each_input_alone(device, isa, needed):
     assert_same_bits(got[0], expected[0], "d" + needed)
 
 
+@pytest.mark.cpu_only("computed in float64, which CUDA kernels refuse by name")
 def test_lse_alone(device, isa):
     q, k, v = make_qkv(2, 9, 11, dtype=torch.float64, device=device, requires_grad=True)
     _, lse = attention(q, k, v, causal="top_left", return_lse=True)

@@ -82,7 +82,7 @@ DETERMINISTIC = {
         },
     ),
     "softcap_saturated": Case((0, 9), arguments={"softcap": 3.0}, qkv={"logits": 300.0}),
-    "extreme_logits": Case((0, 9), qkv={"logits": 300.0}),
+    "extreme_logits": Case((0, 9), qkv={"logits": 100.0}),
     "smallest_head": Case((0, 3), (0, 11), qkv={"head_dim_v": 40}, narrow=256),
     "transposed": Case((0, 9), heads=(4, 2), qkv={"layout": "bhsd"}),
     "stride_0": Case((0, 9), heads=(4, 2), batch_size=2, qkv={"layout": "expand"}),

@@ -297,48 +297,142 @@ def test_only_the_block_that_met_nan_runs_again(device, executor, row):
     assert counts[1] * 3 == counts[0] * 4  # one head of three
 
 
-def backward_sizes(row):
-    """Of kKeys: warps over rows and across, over keys and across; 16-row tiles of a warp."""
-    row_warps, key_warps = min(2, row.block_m // 16), max(1, row.block_n // 32)
-    others, columns = row.num_warps // row_warps, row.num_warps // key_warps
-    return row_warps, others, key_warps, columns
-
-
-def products_of_tiles(row, steps):
-    """Requests of kKeys: S and dP, and then dV, dK and dQ, for so many steps."""
-    row_warps, others, key_warps, columns = backward_sizes(row)
-    m_tiles, keys = row.block_m // row_warps // 16, row.block_n // others
-    kv_tiles = max(row.block_n // key_warps // 16, 1)
-    kv_columns, dq_columns = row.head_dim // columns, row.head_dim // others
-    warps = steps * row.num_warps
-    if row.dtype == "float32":
-        chunks = row.head_dim // 4
-        scores = 2 * warps * chunks * (2 * m_tiles + keys // 4)
-        kv = 2 * row.block_m * (2 * kv_tiles + kv_columns // 8)
-        dq = row.block_n * (2 * m_tiles + dq_columns // 8)
-        return ("ld.shared", (scores, 4 * scores), (warps * (kv + dq), warps * (kv + dq)))
-    scores = 2 * warps * row.head_dim // 16 * (m_tiles + keys // 16)
-    parts = [max(1, n // 64) for n in (kv_columns, dq_columns)]
-    kv = 2 * row.block_m // 16 * (kv_tiles * parts[0] + kv_columns // 16)
-    dq = row.block_n // 16 * (m_tiles * parts[1] + dq_columns // 16)
-    return ("ldmatrix", (scores, 4 * scores), (warps * (kv + dq), 4 * warps * (kv + dq)))
-
-
 BACKWARD_ROWS = [row for row in ROWS if row.kernel == "attention_bwd"]
 every_backward = pytest.mark.parametrize("row", BACKWARD_ROWS, ids=lambda row: row.name)
+SHARED, ROWS_FILE = "attention_bwd/block.cuh", "attention_bwd/rows.cuh"
+
+
+def added(*counts):
+    """{key: (requests, actual)} of several, added up."""
+    requests, actual = Counter(), Counter()
+    for each in counts:
+        for key, (number, cost) in each.items():
+            requests[key] += number
+            actual[key] += cost
+    return {key: (requests[key], actual[key]) for key in requests}
+
+
+def scores_of_warp(row, rows, keys):
+    """A product like q k^T by one warp."""
+    if row.dtype == "float32":
+        requests = row.head_dim // 4 * (rows // 8 + keys // 4)
+        return {("ld.shared", GEMM): (requests, 4 * requests)}
+    requests = row.head_dim // 16 * (rows // 16 + keys // 16)
+    return {("ldmatrix", GEMM): (requests, 4 * requests)}
+
+
+def product_of_warp(row, rows, inner, columns):
+    """x y or x^T y, both in shared memory."""
+    file = "tile/gemm_tiles.cuh"
+    if row.dtype == "float32":
+        x, y = inner * rows // 8, inner * columns // 8
+        return {("ld.shared", file): (x + y, x + 2 * y)}
+    requests = inner // 16 * (max(columns // 64, 1) * rows // 16 + columns // 16)
+    return {("ldmatrix", file): (requests, 4 * requests)}
+
+
+def times(n, counts):
+    return {key: (n * requests, n * actual) for key, (requests, actual) in counts.items()}
+
+
+def copied(row, rows):
+    requests = per_warp(row, rows)
+    return {
+        ("cp.async.shared", COPY): (requests, 4 * requests),
+        ("cp.async.global", COPY): (requests, 16 * requests),
+    }
+
+
+def staged(row, rows, columns):
+    """Fragments into a tile."""
+    requests = rows // 8 * columns // 8
+    return {("st.shared", EPILOGUE): (requests, requests * (4 if row.dtype == "float32" else 1))}
+
+
+def stored(row, rows):
+    """Rows of a tile to global memory."""
+    requests = rows * row.head_dim * size_of(row) // 512
+    return {
+        ("ld.shared", EPILOGUE): (requests, 4 * requests),
+        ("st.global", EPILOGUE): (requests, 16 * requests),
+    }
+
+
+def statistics(row, rows, warps):
+    """Of a block of rows: copied, looked through by every warp, read by each for its rows."""
+    look = -(-row.block_m // 32)
+    phases = max(row.block_m // 16, 1)
+    return {
+        ("cp.async.shared", SHARED): (1, max(row.block_m * 8 // 128, 1)),
+        ("cp.async.global", SHARED): (1, row.block_m * 8 // 32),
+        ("ld.shared", SHARED): (
+            warps * (look + 2 * (rows // 8)),
+            warps * (phases + 3 * (rows // 8)),
+        ),
+    }
+
+
+def before_and_after(row, accumulator=True):
+    """kRows and kFinish of a block of rows, or kRows alone."""
+    warps, tiles = row.block_m // 16, row.block_m * row.head_dim // 128
+    counts = [times(2, copied(row, row.block_m)), times(warps, scores_of_warp(row, 16, 16))]
+    lse = {
+        ("ld.global", ROWS_FILE): (2 * warps, 2 * warps),
+        ("st.global", ROWS_FILE): (2 * warps, 4 * warps),
+    }
+    if not accumulator:
+        return added(*counts, lse)
+    zeros = {("st.global", ROWS_FILE): (tiles, 16 * tiles)}
+    read = {("ld.global", ROWS_FILE): (4 * tiles, 16 * tiles)}
+    finish = staged(row, row.block_m, row.head_dim), stored(row, row.block_m)
+    return added(*counts, lse, zeros, read, *finish)
+
+
+def step_of_keys(row, atomics=True):
+    """kKeys: a block of rows meets a block of keys."""
+    warps, m, n = row.num_warps, row.block_m, row.block_n
+    row_warps, key_warps = min(2, m // 16), max(n // 32, 1)
+    others, columns = warps // row_warps, row.head_dim // (warps // key_warps)
+    counts = [
+        times(2, copied(row, m)),
+        statistics(row, m // row_warps, warps),
+        times(2 * warps, scores_of_warp(row, m // row_warps, n // others)),
+        times(2 * warps, staged(row, m // row_warps, n // others)),
+        times(2 * warps, product_of_warp(row, n // key_warps, m, columns)),
+    ]
+    if atomics:
+        dq = product_of_warp(row, m // row_warps, n, row.head_dim // others)
+        adds = m * row.head_dim // 32
+        counts += [times(warps, dq), {("atom.global", "attention_bwd/keys.cuh"): (adds, 4 * adds)}]
+    return added(*counts)
+
+
+def block_of_keys(row):
+    whole = copied(row, row.block_n), stored(row, row.block_n)
+    return added(*(times(2, x) for x in whole), times(2, staged(row, row.block_n, row.head_dim)))
 
 
 @every_backward
-def test_backward(device, executor, row):
-    """Blocks of keys read Q and dO once each, and every tile of dQ is added once to."""
-    heads, row_blocks, key_blocks = 2, 2, 3
-    shape = (1, row_blocks * row.block_m, key_blocks * row.block_n, heads, heads, row.head_dim)
-    q, k, v = (t.requires_grad_() for t in make_qkv(*shape, dtype=dtype_of(row)))
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_backward(device, executor, row, mask):
+    """Each block of keys reads the rows that see any of it, and adds to each tile of dQ once."""
+    heads, seqlen_q, seqlen_kv = 2, 3 * row.block_m, 3 * row.block_n
+    q, k, v = make_qkv(1, seqlen_q, seqlen_kv, heads, heads, row.head_dim, dtype=dtype_of(row))
     ex = executor(row)
-    ex.training(q, k, v).sum().backward()
+    q.requires_grad_()
+    out = ex.training(q, k, v, causal=mask == "causal")
+    torch.autograd.grad(out, q, torch.randn_like(q))
+    row_blocks = key_blocks = 3
+    steps = row_blocks * key_blocks
+    if mask == "causal":
+        diagonal = seqlen_kv - seqlen_q
+        firsts = [max(n * row.block_n - diagonal, 0) // row.block_m for n in range(key_blocks)]
+        steps = sum(row_blocks - first for first in firsts)
+        assert steps < row_blocks * key_blocks
+    expected = added(
+        times(heads * row_blocks, before_and_after(row)),
+        times(heads * steps, step_of_keys(row)),
+        times(heads * key_blocks, block_of_keys(row)),
+    )
     got = counted(row, ex.report)
-    steps, owners = heads * key_blocks * row_blocks, heads * key_blocks
-    row_warps, others, _, _ = backward_sizes(row)
-    m_tiles = row.block_m // row_warps // 16
-    for key, value in sorted(got.items()): print(key, value)
-    print(products_of_tiles(row, steps))
+    assert got == expected

@@ -88,22 +88,23 @@ __device__ __forceinline__ void rotate_first_row(float (&s)[kM][kTiles][4], int 
 }
 
 // Adds the mask to the first row that the lane holds, in units of log2, and hides what it hides,
-// NaN too. Two tiles at a time, rotating: four loads are under way, and no more registers are
-// taken.
+// NaN too. Two tiles at a time if they are pairs, rotating: four loads are under way, and no more
+// registers are taken.
 template <class Element, class Mask, int kM, int kTiles>
 __device__ __forceinline__ void add_mask_of(float (&s)[kM][kTiles][4], const Mask& mask,
                                             int64_t offset, int keys, int lane) {
   const auto* row = static_cast<const Element*>(mask.data) + offset;
+  constexpr int kStep = kTiles % 2 == 0 ? 2 : 1;
 #pragma unroll 1
-  for (int n = 0; n < kTiles; n += 2) {
-    float bias[4];
+  for (int n = 0; n < kTiles; n += kStep) {
+    float bias[2 * kStep];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2 * kStep; ++i) {
       const int col = (n + i / 2) * 8 + lane % 4 * 2 + i % 2;
       bias[i] = arch::predicate(col < keys) ? bias_of(arch::ldg(row + col * mask.col)) : 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2 * kStep; ++i) {
       const int e = i % 2;
       const float x = bias[i] == kMinusInf ? kMinusInf : s[0][0][e] + bias[i];
       rotate_first_row(s, e, x);
