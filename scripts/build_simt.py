@@ -84,7 +84,10 @@ def add_ops(graph, chosen, objects):
     graph.command("fakeflags", [f"-I{graph.folder}"])
     objects = [
         *objects,
-        *(graph.compile(path, "$cxxflags $fakeflags") for path in sources(f"{fake}/*.cpp")),
+        *(
+            graph.compile(path, "$cxxflags $fakeflags $opsflags")
+            for path in sources(f"{fake}/*.cpp")
+        ),
         *(graph.compile(path, "$cxxflags $opsflags") for path in sources("csrc/ops/*_cuda.cpp")),
     ]
     return graph.link(OPS_MODULE, objects, "-shared", libraries)

@@ -340,7 +340,6 @@ class Child:
                 "sm80": lambda: attention(*tensors(), impl="sm80"),
                 "decode": lambda: decode(*tensors(dtype=torch.bfloat16), kv_splits=2),
                 "float64": lambda: attention(*tensors(dtype=torch.float64)),
-                "gradients": lambda: attention(*tensors(requires_grad=True)),
                 "no_grad": lambda: torch.no_grad()(attention)(*tensors(requires_grad=True)),
                 "cpu": lambda: decode(*tensors(), impl="cpu"),
                 "sm90": lambda: attention(*tensors(), impl="sm90"),

@@ -372,23 +372,21 @@ def statistics(row, rows, warps):
     }
 
 
-def before_and_after(row, accumulator=True):
-    """kRows and kFinish of a block of rows, or kRows alone."""
+def before_and_after(row):
+    """kRows and kFinish of a block of rows."""
     warps, tiles = row.block_m // 16, row.block_m * row.head_dim // 128
     counts = [times(2, copied(row, row.block_m)), times(warps, scores_of_warp(row, 16, 16))]
     lse = {
         ("ld.global", ROWS_FILE): (2 * warps, 2 * warps),
         ("st.global", ROWS_FILE): (2 * warps, 4 * warps),
     }
-    if not accumulator:
-        return added(*counts, lse)
     zeros = {("st.global", ROWS_FILE): (tiles, 16 * tiles)}
     read = {("ld.global", ROWS_FILE): (4 * tiles, 16 * tiles)}
     finish = staged(row, row.block_m, row.head_dim), stored(row, row.block_m)
     return added(*counts, lse, zeros, read, *finish)
 
 
-def step_of_keys(row, atomics=True):
+def step_of_keys(row):
     """kKeys: a block of rows meets a block of keys."""
     warps, m, n = row.num_warps, row.block_m, row.block_n
     row_warps, key_warps = min(2, m // 16), max(n // 32, 1)
@@ -400,11 +398,10 @@ def step_of_keys(row, atomics=True):
         times(2 * warps, staged(row, m // row_warps, n // others)),
         times(2 * warps, product_of_warp(row, n // key_warps, m, columns)),
     ]
-    if atomics:
-        dq = product_of_warp(row, m // row_warps, n, row.head_dim // others)
-        adds = m * row.head_dim // 32
-        counts += [times(warps, dq), {("atom.global", "attention_bwd/keys.cuh"): (adds, 4 * adds)}]
-    return added(*counts)
+    dq = product_of_warp(row, m // row_warps, n, row.head_dim // others)
+    adds = m * row.head_dim // 32
+    atomics = {("atom.global", "attention_bwd/keys.cuh"): (adds, 4 * adds)}
+    return added(*counts, times(warps, dq), atomics)
 
 
 def block_of_keys(row):
@@ -434,5 +431,23 @@ def test_backward(device, executor, row, mask):
         times(heads * steps, step_of_keys(row)),
         times(heads * key_blocks, block_of_keys(row)),
     )
+    assert counted(row, ex.report) == expected
+    # Of 16 x 8 x 16: five products a step, and 16 x 16 dots of dO and out for 16 rows.
+    tile = row.block_m * row.block_n * row.head_dim // 2048
+    mmas = 5 * steps * tile + row_blocks * row.block_m // 16 * row.head_dim // 8
+    assert ex.report.totals["mmas"] == (0 if row.dtype == "float32" else heads * mmas)
+
+
+@every_backward
+def test_backward_without_atomics(device, executor, row):
+    """No accumulator: nothing is added in global memory, and two products more for each tile."""
+    q, k, v = make_qkv(1, 2 * row.block_m, 2 * row.block_n, 1, 1, row.head_dim, dtype=dtype_of(row))
+    ex = executor(row)
+    q.requires_grad_()
+    out = ex.training(q, k, v, deterministic=True)
+    torch.autograd.grad(out, q, torch.randn_like(q))
     got = counted(row, ex.report)
-    assert got == expected
+    assert not any(access == "atom.global" for access, _ in got)
+    tile = row.block_m * row.block_n * row.head_dim // 2048
+    mmas = 7 * 4 * tile + 2 * row.block_m // 16 * row.head_dim // 8
+    assert ex.report.totals["mmas"] == (0 if row.dtype == "float32" else mmas)

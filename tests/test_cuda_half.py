@@ -86,7 +86,6 @@ PUBLIC = {
     "decode": "cuda:0 [2, 3, 4, 24]",
     "no_grad": "cuda:0 [2, 3, 4, 24]",
     "float64": "TypeError: q: expected dtype float32, bfloat16 or float16 on CUDA, got torch.fl",
-    "gradients": "cuda:0 [2, 3, 4, 24]",
     "cpu": "ValueError: impl: 'cpu' expects CPU tensors, got cuda:0",
     "sm90": "NotImplementedError: impl: not implemented yet, got 'sm90'",
     "states": "TypeError: outs: expected dtype float32, bfloat16 or float16 on CUDA, got torch.fl",
