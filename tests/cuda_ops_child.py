@@ -140,6 +140,7 @@ class OnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bound, arguments, *tensors):
         ctx.set_materialize_grads(False)
+        ctx.shapes = [None if x is None else x.shape for x in tensors]
         copies = [None if x is None else put(x.detach())[0] for x in tensors]
         for copy, x in zip(copies, tensors, strict=True):
             if x is not None and x.dtype.is_floating_point:
@@ -156,7 +157,13 @@ class OnGpu(torch.autograd.Function):
     def backward(ctx, *gradients):
         gradients = [None if x is None else put(x)[0] for x in gradients]
         found = ctx.node.apply(*gradients)[:4]
-        return None, None, *(None if x is None else x.memory for x in found)
+        # That of a mask has four dimensions here.
+        found = (None if x is None else x.memory for x in found)
+        shapes = (
+            None if x is None else x.reshape(shape)
+            for x, shape in zip(found, ctx.shapes, strict=True)
+        )
+        return None, None, *shapes
 
 
 def trained(**bound):

@@ -76,9 +76,6 @@ class CudaTensor(torch.Tensor):
     def __init__(self, gpus, memory, device):
         self.gpus, self.memory = gpus, memory
 
-    def __getitem__(self, index):  # torch's own makes the device current
-        return CudaTensor(self.gpus, self.memory[index], self.device)
-
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, CudaTensor)]
