@@ -26,6 +26,8 @@ NATIVE_LAYERS = {
     # Host code: from an op's parameters to a launch.
     "cuda": ({"common", "cuda", "cuda/arch"}, {"std"}),
     "simt": ({"common", "simt", "cuda", "cuda/arch", "cuda/kernels"}, {"std", "Python"}),
+    # Stands in for a CUDA that torch knows.
+    "simt/fake_cuda": ({"simt", "simt/fake_cuda", "cuda"}, {"std", "Python", "torch internals"}),
     "ops": ({"common", "cpu/kernels", "cuda", "ops"}, {"std", "torch", "cuda"}),
 }
 HEADER_FAMILIES = {
