@@ -426,7 +426,7 @@ class _BackwardCall(_Call):
         p.dv = (self.dv.data_ptr(), *self.dv.stride()[:3])
         if mask is False:
             return
-        mask = _check.mask(mask, q, k)
+        mask = _check.mask(mask, q, k.shape[1])
         self.dmask = self.memory.counters("dmask", mask.numel(), torch.float32).view(mask.shape)
         steps = (0 if n == 1 else s for n, s in zip(mask.shape, self.dmask.stride(), strict=True))
         p.set_dmask(self.dmask.data_ptr(), *steps)
