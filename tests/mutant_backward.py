@@ -117,7 +117,8 @@ def backward_cases():
     several = {"seqlens_kv": _lengths(170, 101, 0), "kv_start": _lengths(13, 64, 0)}
     plain = [
         ("causal", (70, 4), (300, 2), (), {"causal": True}, ()),
-        ("window", (150, 1), (500, 1), (), {"window": (140, 3)}, ()),
+        ("window", (150, 1), (500, 1), (), {"window": (170, 60)}, ()),
+        ("one row", (1, 1), (5, 1), (), {}, ()),
         ("top left", (150, 1), (300, 1), (), {"causal": "top_left"}, ()),
         ("lengths", (40, 2), (201, 1), (64, 64, 3), {"causal": True, **several}, ()),
         ("beside", (40, 2), (201, 1), (), {"causal": True, **started}, (_slots_beside,)),
