@@ -6,8 +6,8 @@ Differences, all of them on purpose: a query row that sees no key has an lse of 
 +inf) and the third result of ``return_attn_probs`` is always None, for there is no dropout mask to
 return. float32 works too, on the CPU also float64, and head_dim_v may differ from head_dim.
 
-An argument is applied or refused: what has not landed (dropout, ALiBi, and for now gradients on
-CUDA) raises NotImplementedError with its name.
+An argument is applied or refused: what has not landed (dropout, ALiBi, and on CUDA variable
+lengths) raises NotImplementedError with its name.
 """
 
 import torch
@@ -50,8 +50,8 @@ def flash_attn_func(
 
     Returns:
         out [batch, seqlen_q, num_heads_q, head_dim_v]; with return_attn_probs (out, lse, None) with
-        lse float32 (float64 for float64) [batch, num_heads_q, seqlen_q], natural logarithm. On the
-        CPU both are differentiable; CUDA tensors that require grad are refused.
+        lse float32 (float64 for float64) [batch, num_heads_q, seqlen_q], natural logarithm. Both
+        are differentiable.
 
     Raises:
         TypeError, ValueError: as `flashinfer_lite.attention`. NotImplementedError: see above.
