@@ -36,10 +36,11 @@ def base(op, device):
     lse = torch.randn(2, 4, 3, device=device)
     optional = {"mask": None, "kv_start": None, "seqlens_kv": None}
     if op == "attention_fwd":
-        return {"q": q, "k": k, "v": v, **optional, **SCALARS, **PHI}
+        return {"q": q, "k": k, "v": v, **optional, **SCALARS, **PHI, "deterministic": False}
     if op == "attention_bwd":
         first = {"dout": torch.randn_like(out), "dlse": None, "q": q, "k": k, "v": v}
-        return {**first, "out": out, "lse": lse, **optional, **SCALARS, "wants_dmask": False}
+        last = {"wants_dmask": False, "deterministic": False}
+        return {**first, "out": out, "lse": lse, **optional, **SCALARS, **last}
     if op.startswith("attention_varlen"):
         return ragged_base(op, device)
     if op.startswith("flat_linear"):
@@ -401,7 +402,7 @@ def test_wrong_number_of_arguments(device, op):
         function()
     with pytest.raises(ERRORS):
         function(*arguments.values(), 1)
-    for name in arguments.keys() - PHI.keys():
+    for name in arguments.keys() - {*PHI, "deterministic"}:  # those have defaults
         with pytest.raises(ERRORS):
             function(**{n: x for n, x in arguments.items() if n != name})
         with pytest.raises(ERRORS):
