@@ -138,10 +138,10 @@ def number(name, x, wanted="a number"):
     return x
 
 
-def lengths(name, x, q, batch_size):
+def lengths(name, x, like, batch_size, whose="q's"):
     if x is None:
         return
-    _integers(name, x, q)
+    _integers(name, x, like, whose)
     if x.shape != (batch_size,):
         raise ValueError(f"{name}: expected shape [{batch_size}] (batch), got {list(x.shape)}")
 
@@ -159,12 +159,12 @@ def offsets(cu_seqlens_q, cu_seqlens_kv, q):
         )
 
 
-def _integers(name, x, q):
+def _integers(name, x, like, whose="q's"):
     tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected dtype int32 or int64, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected {whose} device {like.device}, got {x.device}")
 
 
 def max_seqlen(name, x):
@@ -176,15 +176,11 @@ def max_seqlen(name, x):
         raise ValueError(f"{name}: expected None or an integer >= 0, got {x}")
 
 
-def block_table(x, q, k, batch_size):
+def block_table(x, like, k, batch_size, whose="q's"):
     """The table of a paged cache, whose k is [num_pages, page_size, ...]."""
     if x is None:
         return
-    tensor("block_table", x)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"block_table: expected dtype int32 or int64, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"block_table: expected q's device {q.device}, got {x.device}")
+    _integers("block_table", x, like, whose)
     if x.dim() != 2 or x.shape[0] != batch_size:
         raise ValueError(
             f"block_table: expected shape [{batch_size}, pages] (batch first), got {list(x.shape)}"

@@ -56,8 +56,8 @@ def append_kv(
     _check_tensors(k_cache, v_cache, k, v, paged=block_table is not None)
     if seqlens_kv is None:
         raise TypeError("seqlens_kv: expected a torch.Tensor, got NoneType")
-    _check.lengths("seqlens_kv", seqlens_kv, k, k.shape[0])
-    _check.block_table(block_table, k, k_cache, k.shape[0])
+    _check.lengths("seqlens_kv", seqlens_kv, k, k.shape[0], "k's")
+    _check.block_table(block_table, k, k_cache, k.shape[0], "k's")
     _check_rotary(rotary_cos, rotary_sin, k)
     if not isinstance(rotary_interleaved, bool):
         raise TypeError(f"rotary_interleaved: expected a bool, got {rotary_interleaved!r}")
