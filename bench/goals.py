@@ -73,13 +73,13 @@ def _paged(rows: list[dict]) -> list[str]:
         (r["shape"], r["dtype"], r["impl"]): r["seconds"] for r in rows if r["op"] == "decode"
     }
     slow = (
-        (shape, dtype, time / seconds[shape, dtype, "ours"])
+        (shape, dtype, impl.removeprefix("ours-paged"), time / seconds[shape, dtype, "ours"])
         for (shape, dtype, impl), time in seconds.items()
-        if impl == "ours-paged" and (shape, dtype, "ours") in seconds
+        if impl.startswith("ours-paged") and (shape, dtype, "ours") in seconds
     )
     return [
-        f"  decode {shape} {dtype}: in pages {ratio:.2f} times as long as in one piece"
-        for shape, dtype, ratio in slow
+        f"  decode {shape} {dtype}: in pages of {size} {ratio:.2f} times as long as in one piece"
+        for shape, dtype, size, ratio in slow
         if ratio > PAGED
     ]
 

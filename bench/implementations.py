@@ -29,7 +29,7 @@ import flashinfer_lite
 from flashinfer_lite import reference
 
 MAX_COPIES_BYTES = 1 << 30
-PAGE_SIZE = 16
+PAGE_SIZES = {"cpu": (16,), "gpu": (16, 64, 256)}
 GPU_BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -214,7 +214,7 @@ def _decode_on_gpu(shape: Shape, q, k, v, copies: int, op: str):
     qh = _bhsd(q)
     gqa = shape.group_size > 1
     packed_q = qh.view(shape.batch_size, shape.num_heads_kv, shape.group_size, shape.head_dim)
-    sdpa_kv, ours = _our_decode(shape, q, k, v, copies)
+    sdpa_kv, ours = _our_decode(shape, q, k, v, copies, PAGE_SIZES["gpu"])
     yield from ours
 
     def run_on(backend, query, gqa):
@@ -233,7 +233,7 @@ def _decode_on_gpu(shape: Shape, q, k, v, copies: int, op: str):
 
 
 def _decode(shape: Shape, q, k, v, copies: int):
-    sdpa_kv, ours = _our_decode(shape, q, k, v, copies)
+    sdpa_kv, ours = _our_decode(shape, q, k, v, copies, PAGE_SIZES["cpu"])
     yield from ours
     qh = _bhsd(q)
     gqa = shape.group_size > 1
@@ -252,8 +252,9 @@ def _decode(shape: Shape, q, k, v, copies: int):
         yield Candidate("sdpa-packed", packed, lambda: (_bshd(packed().reshape(qh.shape)),))
 
 
-def _our_decode(shape: Shape, q, k, v, copies: int):
-    """Return SDPA's caches, to be taken in turn, and ours with its own layout and with SDPA's."""
+def _our_decode(shape: Shape, q, k, v, copies: int, page_sizes: tuple[int, ...]):
+    """Return SDPA's caches, to be taken in turn, and ours with its own layout, with SDPA's and in
+    pages."""
     if shape.window_left >= 0:  # a window over one row is a shorter cache, for everyone
         k, v = (t[:, -shape.window_left - 1 :] for t in (k, v))
     # One turn for all that read the same memory: the next call gets the copy used longest ago.
@@ -274,21 +275,24 @@ def _our_decode(shape: Shape, q, k, v, copies: int):
         Candidate("ours", ours, lambda: (ours(),), explain),
         Candidate("ours-bhsd", ours_bhsd, lambda: (ours_bhsd(),)),
     ]
-    if k.shape[1] % PAGE_SIZE == 0:
-        paged = _paged(q, k, v, copies)
-        candidates.append(Candidate("ours-paged", paged, lambda: (paged(),)))
+    for page_size in page_sizes:
+        if k.shape[1] % page_size == 0:
+            paged = _paged(q, k, v, copies, page_size)
+            candidates.append(
+                Candidate(f"ours-paged{page_size}", paged, lambda paged=paged: (paged(),))
+            )
     return sdpa_kv, candidates
 
 
-def _paged(q, k, v, copies: int):
+def _paged(q, k, v, copies: int, page_size: int):
     """Return ours on caches in scattered pages, to be taken in turn."""
     generator = torch.Generator().manual_seed(1)
-    pages = k.shape[1] // PAGE_SIZE
+    pages = k.shape[1] // page_size
     order = torch.randperm(len(k) * pages, generator=generator).to(k.device)
     table = order.argsort().view(len(k), pages).int()  # page order[i] of the dense cache is page i
 
     def scattered(x):
-        return x.reshape(-1, PAGE_SIZE, *x.shape[2:])[order]
+        return x.reshape(-1, page_size, *x.shape[2:])[order]
 
     kv = itertools.cycle([(scattered(k), scattered(v)) for _ in range(copies)])
     return lambda: flashinfer_lite.decode(q, *next(kv), block_table=table)

@@ -228,9 +228,9 @@ def test_verdicts(bench, device):
         row("attention", "gpt2@1024", "bfloat16", "sdpa", 1.0),
         row("decode", "llama3-8b@4096", "bfloat16", "ours", 1.9, 0.5),
         row("decode", "llama3-8b@4096", "bfloat16", "ours-bhsd", 2.1, 0.7),
-        row("decode", "llama3-8b@4096", "bfloat16", "ours-paged", 1.0, 0.5),
+        row("decode", "llama3-8b@4096", "bfloat16", "ours-paged16", 1.0, 0.5),
         row("decode", "gpt2@1024", "float32", "ours", 1.0),
-        row("decode", "gpt2@1024", "float32", "ours-paged", 0.95),
+        row("decode", "gpt2@1024", "float32", "ours-paged16", 0.95),
         row("decode", "gpt2@1024", "bfloat16", "ours", None),
     ]
     table = bench("goals").verdicts(rows, 1 << 20)
@@ -241,6 +241,6 @@ def test_verdicts(bench, device):
         "decode bf16, groups of 2 to 7": ["2.0x", "2.10x", "2.10x", "met"],
     }
     assert table[-2] == "  decode llama3-8b@4096 bfloat16: 70 % of the roofline"
-    slow = "  decode llama3-8b@4096 bfloat16: in pages 1.90 times as long as in one piece"
+    slow = "  decode llama3-8b@4096 bfloat16: in pages of 16 1.90 times as long as in one piece"
     assert table[-1] == slow
     assert bench("goals").verdicts([], 1 << 20) == []

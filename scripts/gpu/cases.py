@@ -13,7 +13,7 @@ import sys
 import flat
 import torch
 
-from flashinfer_lite import attention, decode, merge_states, reference
+from flashinfer_lite import append_kv, attention, decode, merge_states, reference
 from flashinfer_lite.testing import (
     assert_close,
     check_backward,
@@ -89,6 +89,29 @@ def decode_cases(device):
         yield f"decode {name}", op, q, k, v, {"seqlens_kv": ends, "causal": True}
 
 
+def paged_cases(device):
+    """Pages of no power of two, of more than a tile and of one slot; one that no row may read."""
+    for dtype, page_size in ((BFLOAT16, 16), (FLOAT16, 5), (BFLOAT16, 256), (FLOAT32, 1)):
+        pages = -(-261 // page_size)
+        table = torch.randperm(2 * pages, device=device).view(2, pages)
+        pool = make_qkv(2 * pages, 1, page_size, 4, 2, 64, 40, dtype=dtype, device=device)[1:]
+        q = torch.randn(2, 1, 4, 64, device=device).to(dtype)
+        ends = lengths(device, 261, 130)
+        dense = [reference.gather_pages(x, table) for x in pool]
+        over = functools.partial(decode_pages, pool, table)
+        label = f"decode {dtype} pages of {page_size}"
+        for kv_splits in (1, 3):
+            op = functools.partial(over, kv_splits=kv_splits)
+            yield f"{label} splits {kv_splits}", op, q, *dense, {"seqlens_kv": ends}
+        sink = torch.randn(4, device=device)
+        yield f"{label} sink", over, q, *dense, {"seqlens_kv": ends, "sink": sink}
+
+
+def decode_pages(pool, table, q, k, v, **arguments):
+    """decode of the pages that stand for k and v."""
+    return decode(q, *pool, block_table=table, **arguments)
+
+
 def unified_cases(device):
     """Within the guard's bounds, out of them for every row, and for one head of four."""
     phi = -5.0
@@ -115,6 +138,24 @@ def run_merge(device):
         assert_close(out, oracle, reference.merge_states(outs, lses)[0])
 
 
+def run_append(device):
+    """New tokens, rotated, into pages and into a dense cache."""
+    angle = torch.rand(64, 8, device=device)
+    used = lengths(device, 19, 0, 41)
+    table = torch.randperm(9, device=device).view(3, 3)
+    for dtype in (BFLOAT16, FLOAT32):
+        for outer, slots, block_table in ((9, 20, table), (3, 60, None)):
+            caches = [torch.zeros(outer, slots, 2, d, device=device, dtype=dtype) for d in (40, 24)]
+            new = [torch.randn(3, 5, 2, d, device=device).to(dtype) for d in (40, 24)]
+            arguments = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
+            append_kv(*caches, *new, seqlens_kv=used, block_table=block_table, **arguments)
+            written = caches[1]
+            if block_table is not None:
+                written = written[block_table].flatten(1, 2)
+            for b, start in enumerate(used.tolist()):
+                assert torch.equal(written[b, start : start + 5], new[1][b])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
@@ -127,6 +168,7 @@ def main():
         (check_forward, attention_cases(device)),
         (check_backward, backward_cases(device)),
         (check_forward, decode_cases(device)),
+        (check_forward, paged_cases(device)),
         (check_forward, unified_cases(device)),
     ):
         for name, op, q, k, v, options in cases:
@@ -139,6 +181,7 @@ def main():
             if arguments.few:
                 break
     run_merge(device)
+    run_append(device)
     for _, run in flat.cases(device, arguments.few):
         count += 1
         try:
@@ -148,7 +191,7 @@ def main():
             print(error, flush=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{count + 1} cases ran, {failures} wrong", flush=True)
+    print(f"{count + 2} cases ran, {failures} wrong", flush=True)
     sys.exit(1 if failures else 0)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import flat
 import torch
 
-from flashinfer_lite import attention, decode, merge_states
+from flashinfer_lite import append_kv, attention, decode, merge_states
 from flashinfer_lite.testing import assert_same_bits, make_qkv
 
 REPEATS = 20
@@ -100,6 +100,49 @@ def check_graph_with_out(device):
         assert_same_bits(out, decode(q, k, v, seqlens_kv=ends, kv_splits=3), f"token {token}")
 
 
+def check_graph_of_a_cache(device):
+    """append_kv and decode over pages in a graph: each replay takes the next slot."""
+    q, k, v = make_qkv(2, 1, 512, 8, 2, 64, dtype=DTYPE, device=device)
+    table = torch.randperm(64, device=device).view(2, 32).int()
+    pools = [torch.zeros(64, 16, 2, 64, dtype=DTYPE, device=device) for _ in range(2)]
+    used = torch.zeros(2, dtype=torch.int32, device=device)
+    new = [torch.empty_like(k[:, :1]) for _ in range(2)]
+
+    def step():
+        append_kv(*pools, *new, seqlens_kv=used, block_table=table)
+        used.add_(1)
+        return decode(q, *pools, seqlens_kv=used, block_table=table, return_lse=True)
+
+    replay = capture(device, step)
+    used.zero_()
+    for token in range(20):
+        new[0].copy_(k[:, token : token + 1]), new[1].copy_(v[:, token : token + 1])
+        got = replay()
+        ends = torch.full_like(used, token + 1)
+        expected = decode(q, k, v, seqlens_kv=ends, return_lse=True)
+        for x, y in zip(got, expected, strict=True):
+            assert_same_bits(x, y, f"token {token}")
+
+
+def check_graph_of_a_backward(device):
+    """A forward and its gradients in one graph, for contents that change between replays."""
+    q, k, v = make_qkv(2, 70, 300, 8, 2, 128, dtype=DTYPE, device=device)
+    dout = torch.randn_like(q)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+    def step():
+        out = attention(*leaves, causal=True, deterministic=True)
+        return torch.autograd.grad(out, leaves, dout)
+
+    replay = capture(device, step)
+    for _ in range(3):
+        with torch.no_grad():
+            q.copy_(torch.randn(q.shape)), dout.copy_(torch.randn(q.shape))
+        expected = [t.clone() for t in step()]
+        for got, wanted, name in zip(replay(), expected, ("dq", "dk", "dv"), strict=True):
+            assert_same_bits(got, wanted, name)
+
+
 def check_side_stream(device):
     """A call goes to the current stream: behind what writes its inputs there."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -153,6 +196,8 @@ def check_flat_linear(device):
 CHECKS = (
     check_graph,
     check_graph_with_out,
+    check_graph_of_a_cache,
+    check_graph_of_a_backward,
     check_side_stream,
     check_repeats,
     check_flat_linear,
@@ -180,7 +225,7 @@ def main():
         except Exception as error:
             traceback.print_exc()
             outcomes[name] = f"failed: {str(error).splitlines()[0] if str(error) else error!r}"
-        print(f"{name:16} {outcomes[name]}", flush=True)
+        print(f"{name:20} {outcomes[name]}", flush=True)
     arguments.json.write_text(json.dumps(outcomes))
     sys.exit(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
