@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashinfer_lite import append_kv
-from flashinfer_lite.testing import assert_same_bits
+from flashinfer_lite.testing import assert_same_bits, on_device
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -145,6 +145,7 @@ def test_a_cache_beyond_32_bits(device, isa):
     assert_same_bits(v_cache[900_000, 1], v[0, 0])
 
 
+@pytest.mark.checks_values
 @pytest.mark.parametrize(
     "used, message",
     [
@@ -160,6 +161,7 @@ def test_no_room(device, isa, used, message):
     assert cache.k_cache.isnan().all() and cache.v_cache.isnan().all()
 
 
+@pytest.mark.checks_values
 def test_no_page_and_no_angle(device, isa):
     cache = Cache(device, torch.float32, (3, 20), 5, page_size=16)
     cache.table[1, 2:], cache.table[0, 1:] = -1, 99  # not in use
@@ -220,15 +222,14 @@ BAD = [
 def test_arguments(device, name, bad, error, message):
     good = {n: x.to(device) for n, x in GOOD.items()}
     append_kv(**good)
-    bad = bad.to(device) if torch.is_tensor(bad) else bad
     with pytest.raises(error, match=f"^{message}"):
-        append_kv(**{**good, name: bad})
+        append_kv(**{**good, name: on_device(bad, device)})
 
 
 @pytest.mark.parametrize("name, bad", [row[:2] for row in BAD if torch.is_tensor(row[1])])
 def test_the_op_itself_refuses_too(device, isa, name, bad):
     call = {n: x.to(device) for n, x in GOOD.items()} | {"rotary_interleaved": False}
-    call |= {"block_table": None, name: bad.to(device) if torch.is_tensor(bad) else bad}
+    call |= {"block_table": None, name: on_device(bad, device)}
     with pytest.raises(RuntimeError, match=r"^\w+: expected"):
         torch.ops.flashinfer_lite.append_kv(**call)
 

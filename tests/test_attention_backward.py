@@ -68,14 +68,14 @@ def test_mask(device, isa, dtype, kind, shape):
     check_backward(attention, q, k, v, mask=mask, softcap=4.0)
 
 
-@pytest.mark.parametrize("mask_dtype", DTYPES, ids=str)
+@all_dtypes
 @pytest.mark.parametrize(
     "shape",
     [(53,), (1,), (37, 53), (4, 1, 1), (2, 1, 1, 53), (2, 1, 37, 1), (2, 4, 37, 53)],
     ids=str,
 )
-def test_mask_gradient(device, isa, mask_dtype, shape):
-    for dtype in DTYPES:
+def test_mask_gradient(device, isa, dtype, shape):
+    for mask_dtype in DTYPES:
         q, k, v = make_qkv(2, 37, 53, dtype=dtype, device=device)
         mask = make_mask("additive", shape, dtype=mask_dtype, device=device).requires_grad_()
         *_, dmask = check_backward(
@@ -346,7 +346,8 @@ def test_random_combination(device, isa, dtype, case):
         "softcap": rng.choice([None, 2.0, 30.0]),
     }
     if rng.random() < 0.5:
-        arguments["seqlens_kv"] = lengths(*(rng.randint(0, seqlen_kv) for _ in range(batch_size)))
+        ends = lengths(*(rng.randint(0, seqlen_kv) for _ in range(batch_size)))
+        arguments["seqlens_kv"] = ends.to(device)
     if rng.random() < 0.5:
         shape = [rng.choice([size, 1]) for size in (q.shape[2], seqlen_q, seqlen_kv)]
         arguments["mask"] = make_mask("additive", shape, device=device).requires_grad_()

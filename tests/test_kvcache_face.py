@@ -156,8 +156,14 @@ def test_batch_idx(device, isa, index_dtype):
     assert_lse_close(got[1], oracle_lse)
     assert_same_bits(problem.k_cache[others], before)
     assert_same_bits(problem.k_cache[5, 70:72], problem.k[0])
+
+
+@pytest.mark.checks_values
+def test_a_batch_idx_that_is_not_there(device, isa):
+    problem = Problem(device, torch.float32, batch_cache=7)
+    index = torch.tensor([5, 0, 7], dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=r"expected pages in \[0, 7\), got 7"):
-        call(problem, cache_batch_idx=index + 2, causal=True)
+        call(problem, cache_batch_idx=index, causal=True)
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -219,12 +225,17 @@ def test_arguments(device):
             NotImplementedError,
             "alibi_slopes: not implemented yet",
         ),
-        (
-            {"k": k, "v": v, "cache_seqlens": CAPACITY - 1},
-            RuntimeError,
-            r"seqlens_kv: expected values in \[0, 96 - 2\], which leave room for k's tokens, got",
-        ),
     ):
         with pytest.raises(error, match=f"^{message}"):
             flash_attn_with_kvcache(q, k_cache, v_cache, **arguments)
     assert_same_bits(k_cache, before)
+
+
+@pytest.mark.checks_values
+def test_no_room(device):
+    problem = Problem(device, torch.float32)
+    before = problem.k_cache.clone()
+    message = r"seqlens_kv: expected values in \[0, 96 - 2\], which leave room for k's tokens, got"
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        call(problem, cache_seqlens=CAPACITY - 1)
+    assert_same_bits(problem.k_cache, before)

@@ -200,6 +200,7 @@ def test_pages_before_the_window_are_not_read(device, isa):
     assert_same_bits(cache.op(cache.q, None, None, causal=True, window=(40, 0)), wanted)
 
 
+@pytest.mark.checks_values
 @pytest.mark.parametrize("page", [-1, 22, 2**31, 2**40])
 def test_a_page_that_is_not_there(device, isa, page):
     cache = Paged(device, torch.float32, 32)
@@ -253,6 +254,12 @@ def test_no_pages_and_no_keys(device, isa):
         used = lengths(device, 0, 0)
         out, lse = decode(q, empty, empty, block_table=table, seqlens_kv=used, return_lse=True)
         assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.checks_values
+def test_no_pages_and_some_keys(device, isa):
+    q = torch.randn(2, 1, 4, 16, device=device)
+    empty = torch.randn(0, 16, 2, 16, device=device)
     with pytest.raises(RuntimeError, match=r"^block_table: expected pages in \[0, 0\), got 0 at"):
         decode(q, empty, empty, block_table=torch.zeros(2, 1, dtype=torch.int32, device=device))
 

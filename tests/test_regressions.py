@@ -211,9 +211,9 @@ def test_fi_2113_fi_4485_sglang_40903_base_of_the_lse(device, isa, dtype):
 
 
 def test_fa_1817_fa_1137_gradient_of_the_lse(device, isa):
-    q, k, v = make_qkv(2, 9, 30, dtype=torch.float64, device=device, requires_grad=True)
+    q, k, v = make_qkv(2, 9, 30, dtype=torch.float32, device=device, requires_grad=True)
     got = torch.autograd.grad(attention(q, k, v, return_lse=True)[1].mean(), (q, k))
-    _, lse = reference.attention(q, k, v, return_lse=True)
+    _, lse = reference.attention(q, k, v, return_lse=True, dtype=torch.float64)
     for x, ref in zip(got, torch.autograd.grad(lse.mean(), (q, k)), strict=True):
         assert x.any()
         assert_close_elementwise(x, ref)

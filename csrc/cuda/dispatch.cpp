@@ -75,6 +75,9 @@ void check_sizes(const char* kernel, const CudaAttentionParams& p) {
     fail(kernel, ": expected less than 2^30 rows (queries times the heads of a group), got ",
          p.rows_per_kv_head());
   }
+  if (p.block_table.num_pages > INT32_MAX) {
+    fail(kernel, ": expected less than 2^31 pages, got ", p.block_table.num_pages);
+  }
 }
 
 // The candidates that shared memory has room for, in the table's order; throws if there is none.

@@ -37,26 +37,42 @@ __device__ __forceinline__ int64_t read_page(const View& view, int batch_idx, in
                        : int64_t{arch::ldg(static_cast<const int32_t*>(view.data) + at)};
 }
 
-// The same of a cache in pages, of which `head` is the first. Table is a PageTable, View says where
-// its entries lie in device memory. Clamped: a wrong page may not lead outside the cache.
-template <class Element, class Table, class View>
-struct PagedRows : KvRows<Element> {
+// A slot of a cache in pages.
+struct PageSlot {
+  int page;
+  int slot;
+};
+
+// Where a sequence's `slot` is. Table is a PageTable, View says where its entries lie in device
+// memory. Clamped: a wrong page may not lead outside the cache.
+template <class Table, class View>
+__device__ __forceinline__ PageSlot find_slot(const Table& table, const View& view, int batch_idx,
+                                              int slot) {
+  const auto page_size = static_cast<int>(table.page_size);
+  const int i = table.shift >= 0 ? slot >> table.shift : slot / page_size;
+  const int64_t page = read_page(view, batch_idx, i);
+  const int64_t inside = std::max(std::min(page, table.num_pages - 1), int64_t{0});
+  return {static_cast<int>(inside), slot - i * page_size};
+}
+
+// Rows of a warp's tile, of 32 at most, in pages of a cache: lane r knows where row r is, so that
+// one read of the table serves a whole tile of K and one of V. A row is found by all lanes at once.
+template <class Element>
+struct PagedRows {
+  const Element* cache;  // of one head
   int64_t page_stride;
-  const Table& table;
-  const View& view;
-  int batch_idx;
+  int64_t stride;
+  PageSlot own;  // of the row of this lane's number
+  int count;     // rows from here on hold anything
 
   __device__ __forceinline__ const Element* row(int r) const {
-    const int slot = std::min(this->first + r, this->end - 1);  // no page is there for what is not
-    const auto page_size = static_cast<int>(table.page_size);
-    const int i = table.shift >= 0 ? slot >> table.shift : slot / page_size;
-    const int64_t page = read_page(view, batch_idx, i);
-    const int64_t inside = std::max(std::min(page, table.num_pages - 1), int64_t{0});
-    return this->head + inside * page_stride + int64_t{slot - i * page_size} * this->stride;
+    return cache + int64_t{arch::shfl(own.page, r)} * page_stride +
+           int64_t{arch::shfl(own.slot, r)} * stride;
   }
   __device__ __forceinline__ const Element* next(const Element*, int r, int rows_on) const {
     return row(r + rows_on);
   }
+  __device__ __forceinline__ bool valid(int r) const { return r < count; }
 };
 
 // 16 bytes from an address with only the element's alignment.
@@ -106,10 +122,9 @@ __device__ __forceinline__ void load_rows(const Tile& tile, const Source& source
     const int row = i / Tile::chunks;
     const int c = i % Tile::chunks;
     const int col = c * Tile::chunk_elements;
+    const auto* at = source.row(row) + col;
     arch::U32x4 value{0, 0, 0, 0};
-    if (arch::predicate(source.valid(row) && col < cols)) {
-      value = load_unaligned(source.row(row) + col);
-    }
+    if (arch::predicate(source.valid(row) && col < cols)) value = load_unaligned(at);
     arch::sts(tile.chunk(row, c), value);
   }
 }

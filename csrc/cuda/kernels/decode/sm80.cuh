@@ -42,20 +42,42 @@ __device__ __forceinline__ void load_q(const Block<Cfg>& b) {
   arch::cp_async_commit();
 }
 
-// Starts the copy of the rows from slot `first` on of K or V into a tile of the warp.
+// Where the rows of a key block are, `own` that of the lane's number, and whether they are slots in
+// a row from `first` on.
+struct BlockSlots {
+  tile::PageSlot first;
+  tile::PageSlot own;
+  bool in_a_row;
+};
+
+template <class Cfg>
+__device__ __forceinline__ BlockSlots find_slots(const Block<Cfg>& b, int first, int end) {
+  static_assert(Cfg::block_n <= 32, "a lane for each row");
+  const Params& p = b.p;
+  if (p.device_block_table.data == nullptr) return {{0, first}, {}, true};
+  const int slot = std::min(first + b.lane, end - 1);  // no page is there for what is not
+  const tile::PageSlot own =
+      tile::find_slot(p.block_table, p.device_block_table, b.batch_idx, slot);
+  const tile::PageSlot of_first{arch::shfl(own.page, 0), arch::shfl(own.slot, 0)};
+  return {of_first, own, of_first.slot + Cfg::block_n <= static_cast<int>(p.block_table.page_size)};
+}
+
+// Starts the copy of `count` rows of K or V, or of as many as the tile has, into a tile of the
+// warp.
 template <class Cfg, class Tile>
 __device__ __forceinline__ void load_slots(const Block<Cfg>& b, const Tile& tile,
                                            const Strided<const void*>& x,
-                                           const typename Cfg::Element* head, int first, int end,
-                                           int cols, bool vector) {
+                                           const typename Cfg::Element* head,
+                                           const BlockSlots& slots, int count, int cols,
+                                           bool vector) {
   using Element = typename Cfg::Element;
-  const BlockTableView& view = b.p.device_block_table;
-  if (view.data == nullptr) {
-    const tile::KvRows<Element> rows{head, x.seqlen, first, end};
+  if (slots.in_a_row) {
+    const Element* page = head + int64_t{slots.first.page} * x.batch;
+    const int first = slots.first.slot;
+    const tile::KvRows<Element> rows{page, x.seqlen, first, first + count};
     tile::load_rows<32>(tile, rows, cols, vector, b.lane);
   } else {
-    const tile::PagedRows<Element, PageTable, BlockTableView> rows{
-        {head, x.seqlen, first, end}, x.batch, b.p.block_table, view, b.batch_idx};
+    const tile::PagedRows<Element> rows{head, x.batch, x.seqlen, slots.own, count};
     tile::load_rows<32>(tile, rows, cols, vector, b.lane);
   }
 }
@@ -68,9 +90,11 @@ __device__ __forceinline__ void load_stage(const Block<Cfg>& b, const SplitKeys&
   if (n < keys.count) {
     const Params& p = b.p;
     const int first = keys.first + n * Cfg::block_n;
-    load_slots(b, b.k(stage), p.k, b.k_head, first, keys.end, static_cast<int>(p.head_dim),
+    const int count = keys.end - first;
+    const BlockSlots slots = find_slots(b, first, keys.end);
+    load_slots(b, b.k(stage), p.k, b.k_head, slots, count, static_cast<int>(p.head_dim),
                p.vector_k);
-    load_slots(b, b.v(stage), p.v, b.v_head, first, keys.end, static_cast<int>(p.head_dim_v),
+    load_slots(b, b.v(stage), p.v, b.v_head, slots, count, static_cast<int>(p.head_dim_v),
                p.vector_v);
   }
   arch::cp_async_commit();
