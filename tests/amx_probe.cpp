@@ -89,7 +89,7 @@ void keys(int64_t count, int64_t depth, const void* k, int64_t k_row, void* tile
 void values(int finite_only, int64_t count, int64_t cols, const void* v, int64_t v_row,
             void* tiles) {
   const auto pack = finite_only ? pack_values<true> : pack_values<false>;
-  pack(count, cols, {static_cast<const BFloat16*>(v), v_row}, static_cast<BFloat16*>(tiles), 0);
+  pack(count, cols, {static_cast<const BFloat16*>(v), v_row}, static_cast<BFloat16*>(tiles), nullptr);
 }
 
 void gemm(int64_t rows, int64_t cols, int64_t depth, const void* a, int64_t a_row, const void* b,

@@ -52,17 +52,19 @@ FIL_INLINE Vector<uint32_t> load_words(const BFloat16* p, int64_t count) {
   return (words & 0x7f80u) == 0x7f80u ? Vector<uint32_t>{} : words;
 }
 
-// tiles <- B = v [count, cols]: two rows interleaved. finite_only: zeros for NaN and inf. What lies
-// `ahead` elements further, if not 0, will be read next.
+// tiles <- B = v [count, cols]: two rows interleaved. finite_only: zeros for NaN and inf. As many
+// rows of `next` will be read after it.
 template <bool finite_only>
-void pack_values(int64_t count, int64_t cols, Rows<BFloat16> v, BFloat16* tiles, int64_t ahead) {
+void pack_values(int64_t count, int64_t cols, Rows<BFloat16> v, BFloat16* tiles,
+                 const Rows<BFloat16>* next = nullptr) {
   constexpr int width = kWidth<uint32_t>;
   const int64_t depth = round_up(count, kAmxDepth);
   for (int64_t key = 0; key < depth; key += 2) {
-    const BFloat16* const even = v[min_of(key, count - 1)];
-    const BFloat16* const odd = v[min_of(key + 1, count - 1)];
-    if (ahead != 0) prefetch_row(even + ahead, cols);
-    if (ahead != 0) prefetch_row(odd + ahead, cols);
+    const int64_t even_row = min_of(key, count - 1), odd_row = min_of(key + 1, count - 1);
+    const BFloat16* const even = v[even_row];
+    const BFloat16* const odd = v[odd_row];
+    if (next) prefetch_row((*next)[even_row], cols);
+    if (next) prefetch_row((*next)[odd_row], cols);
     const auto pack = [&](int64_t c, int64_t first, int64_t second) __attribute__((always_inline)) {
       const Vector<uint32_t> pair =
           load_words<finite_only>(even + c, first) | load_words<finite_only>(odd + c, second) << 16;

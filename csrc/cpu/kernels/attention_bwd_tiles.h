@@ -43,7 +43,7 @@ FIL_INLINE void copy_row(const BFloat16* x, int64_t count, int64_t padded, BFloa
 // words.
 inline void transpose_rows(int64_t rows, int64_t cols, const BFloat16* x, BFloat16* staging,
                            BFloat16* out, int64_t out_row) {
-  pack_values<false>(rows, cols, {x, cols}, staging, 0);
+  pack_values<false>(rows, cols, {x, cols}, staging);
   for (int64_t c = 0; c < cols; c += kAmxRows) {
     // Words as floats, which are only moved.
     transpose(rows / 2, kAmxRows, reinterpret_cast<const float*>(staging + c * rows), kAmxRows,
@@ -70,7 +70,7 @@ inline void load_keys(const AttentionBwdParams& p, int64_t batch, int64_t head_k
   const Rows<BFloat16> v{element_of<BFloat16>(p.v, batch, keys.first, head_kv), p.v.seqlen};
   pack_keys(keys.count, p.head_dim, k, t.k_columns, t.staging);
   pack_keys(keys.count, p.head_dim_v, v, t.v_columns, t.staging);
-  pack_values<false>(keys.count, p.head_dim, k, t.k_rows, 0);
+  pack_values<false>(keys.count, p.head_dim, k, t.k_rows);
 }
 
 inline void load_rows(const AttentionBwdParams& p, int64_t batch, int64_t rows, int64_t at,

@@ -155,7 +155,7 @@ inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, 
   const Rows<BFloat16> v =
       rows_of<BFloat16>(p, p.v, batch, block, head_kv, all.offset + all.plan.tile.block_n);
   pack_keys(block.count, p.head_dim, k, all.k_tiles, all.staging);
-  pack_values<false>(block.count, p.head_dim_v, v, all.v_tiles, 0);
+  pack_values<false>(block.count, p.head_dim_v, v, all.v_tiles);
   all.v_depth = round_up(block.count, kAmxDepth);
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   bool probed = false, poisoned = false;  // V, once a row does not see all of it
@@ -187,7 +187,7 @@ inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, 
     if (hides && !probed) {
       probed = true;
       poisoned = has_non_finite<float>(block.count, p.head_dim_v, v);
-      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, all.v_tiles, 0);
+      if (poisoned) pack_values<true>(block.count, p.head_dim_v, v, all.v_tiles);
     }
     before = now;
     before.finite_only = poisoned;

@@ -27,7 +27,7 @@ struct FewRowsScratch : RowState<float> {
     bias = arena.take<float>(s_row);
     v_tiles = arena.take<BFloat16>(s_row * o_row);
     staging = arena.take<BFloat16>(2 * kAmxRows * q_row);
-    offset = arena.take<int64_t>(params.block_table.pages ? 2 * plan.tile.block_n : 0);
+    offset = arena.take<int64_t>(params.block_table.pages ? 4 * plan.tile.block_n : 0);
   }
 
   FewRowsScratch head(int64_t i) const {
@@ -42,7 +42,7 @@ struct FewRowsScratch : RowState<float> {
   int64_t q_row, s_row;  // strides; q_row is the depth that q and K are padded to
   float *transposed, *s, *bias;
   BFloat16 *p, *q_tiles, *v_tiles, *staging;
-  int64_t* offset;  // of a block's keys in a paged cache: in k, then in v
+  int64_t* offset;  // in a paged cache: of a block's keys and the next's in k, then in v
 };
 
 // Column r of q^T as tiles, zero behind head_dim. Columns without a row hold anything: they make
@@ -55,79 +55,114 @@ FIL_INLINE void load_query(const BFloat16* q, int64_t head_dim, int64_t r,
   }
 }
 
-// Whether the rows lie evenly: a paged cache's do within a page.
-FIL_INLINE bool lie_evenly(int64_t count, Rows<BFloat16> rows) {
+// Whether a tile's rows lie evenly: a paged cache's do within a page.
+FIL_INLINE bool lie_evenly(Rows<BFloat16> rows) {
   bool even = true;
-  for (int64_t i = 1; rows.offset && i < count; ++i) {
+  for (int64_t i = 1; rows.offset && i < kAmxRows; ++i) {
     even &= rows.offset[i] - rows.offset[i - 1] == rows.stride;
   }
   return even;
 }
 
-// 32 rows of K for two tiles: in place where they are whole and lie evenly, else beside zeros.
-FIL_INLINE Rows<BFloat16> key_rows(Rows<BFloat16> k, int64_t count, int64_t head_dim,
-                                   const FewRowsScratch& t) {
-  constexpr int64_t wanted = 2 * kAmxRows;
-  if (count >= wanted && head_dim == t.q_row && lie_evenly(wanted, k)) return {k[0], k.stride};
-  __builtin_memset(t.staging, 0, wanted * t.q_row * sizeof(BFloat16));
-  for (int64_t i = 0; i < min_of(count, wanted); ++i) {
-    __builtin_memcpy(t.staging + i * t.q_row, k[i], head_dim * sizeof(BFloat16));
+// The rows of K for a tile: in place where they are whole and lie evenly, else beside zeros.
+FIL_INLINE Rows<BFloat16> key_rows(Rows<BFloat16> k, int64_t count, int64_t head_dim, int64_t q_row,
+                                   BFloat16* staging) {
+  if (count >= kAmxRows && head_dim == q_row && lie_evenly(k)) return {k[0], k.stride};
+  __builtin_memset(staging, 0, kAmxRows * q_row * sizeof(BFloat16));
+  for (int64_t i = 0; i < min_of<int64_t>(count, kAmxRows); ++i) {
+    __builtin_memcpy(staging + i * q_row, k[i], head_dim * sizeof(BFloat16));
   }
-  return {t.staging, t.q_row};
+  return {staging, q_row};
 }
 
 // s[rows, count] <- q k^T of one head. The sums of all keys are transposed in the end, when those
 // of the first have long been stored.
 FIL_INLINE void few_rows_scores(Tiles& tiles, int64_t rows, int64_t count, Rows<BFloat16> k,
-                                int64_t head_dim, int64_t ahead, const FewRowsScratch& t) {
+                                int64_t head_dim, Rows<BFloat16> next, const FewRowsScratch& t) {
   for (int64_t first = 0; first < count; first += 2 * kAmxRows) {
-    const Rows<BFloat16> from = key_rows(k.from(first), count - first, head_dim, t);
-    const int64_t bytes = from.stride * int64_t{sizeof(BFloat16)};
+    const int64_t second = first + kAmxRows;
+    const Rows<BFloat16> upper =
+        key_rows(k.from(first), count - first, head_dim, t.q_row, t.staging);
+    const Rows<BFloat16> lower =
+        key_rows(k.from(second), count - second, head_dim, t.q_row, t.staging + kAmxRows * t.q_row);
     Tiles::fence();
     tiles.zero<0>();
     tiles.zero<2>();
     for (int64_t d = 0; d < t.q_row; d += kAmxDepth) {
-      tiles.load<4>(from.data + d, bytes);
+      tiles.load<4>(upper.data + d, upper.stride * int64_t{sizeof(BFloat16)});
       tiles.load<6>(t.q_tiles + d * kAmxRows, 64);
       tiles.multiply<0, 4, 6>();
-      tiles.load<5>(from.data + kAmxRows * from.stride + d, bytes);
+      tiles.load<5>(lower.data + d, lower.stride * int64_t{sizeof(BFloat16)});
       tiles.multiply<2, 5, 6>();
     }
     for (int64_t i = 0; i < 2 * kAmxRows; ++i) {
-      prefetch_row(k[min_of(first + i, count - 1)] + ahead, head_dim);
+      prefetch_row(next[min_of(first + i, count - 1)], head_dim);
     }
     tiles.store<0>(t.transposed + first * kAmxRows, 64);
-    tiles.store<2>(t.transposed + (first + kAmxRows) * kAmxRows, 64);
+    tiles.store<2>(t.transposed + second * kAmxRows, 64);
     Tiles::fence();
   }
   transpose(round_up(count, kAmxRows), round_up(rows, 8), t.transposed, kAmxRows, t.s, t.s_row);
 }
 
+// The rows that follow a block's in x, to be fetched: behind the last, any of the cache.
+FIL_INLINE Rows<BFloat16> rows_behind(const AttentionParams& p, const Strided<const void*>& x,
+                                      int64_t batch, const KeyBlock& keys, int64_t head,
+                                      int64_t* offset) {
+  const int64_t first = keys.first + keys.count;
+  if (p.block_table.pages == nullptr)
+    return {element_of<BFloat16>(x, batch, first, head), x.seqlen};
+  const int64_t last = p.block_table.row * p.block_table.page_size - 1;
+  for (int64_t c = 0; c < keys.count; ++c) {
+    offset[c] = slot_offset(p, x, batch, min_of(first + c, last));
+  }
+  return {element_of<BFloat16>(x, 0, 0, head), x.seqlen, offset};
+}
+
+// A block's rows of K or V, head after head, and those that will be read after them.
+class HeadRows {
+ public:
+  FIL_INLINE HeadRows(const AttentionFwdParams& p, const Strided<const void*>& x, int64_t batch,
+                      const KeyBlock& keys, int64_t first_head, int64_t* offset)
+      : head_(x.head),
+        rows_(rows_of<BFloat16>(p, x, batch, keys, first_head, offset)),
+        behind_(rows_behind(p, x, batch, keys, first_head, offset + keys.count)) {}
+
+  FIL_INLINE Rows<BFloat16> of(int64_t h) const {
+    Rows<BFloat16> rows = rows_;
+    rows.data += h * head_;
+    return rows;
+  }
+  FIL_INLINE Rows<BFloat16> after(int64_t h, int64_t heads) const {
+    return h + 1 < heads ? of(h + 1) : behind_;
+  }
+
+ private:
+  int64_t head_;
+  Rows<BFloat16> rows_, behind_;
+};
+
 inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t first_head, int64_t heads,
                    const KeyBlock& keys, int64_t rows, const FewRowsScratch& all) {
   const bool mask_is_shared = p.mask.row == 0 && p.mask.head == 0;
   const int64_t depth = round_up(keys.count, kAmxDepth);
+  const HeadRows k_rows(p, p.k, batch, keys, first_head, all.offset);
+  const HeadRows v_rows(p, p.v, batch, keys, first_head, all.offset + 2 * keys.count);
   Tiles tiles(kFullTiles);
   for (int64_t h = 0; h < heads; ++h) {
     const FewRowsScratch t = all.head(h);
-    const int64_t head_kv = first_head + h;
-    const Rows<BFloat16> k = rows_of<BFloat16>(p, p.k, batch, keys, head_kv, t.offset);
-    const Rows<BFloat16> v =
-        rows_of<BFloat16>(p, p.v, batch, keys, head_kv, t.offset + t.plan.tile.block_n);
-    // The next head's block, or the first head's next one: of a page, more of the page.
-    const bool last = h + 1 == heads;
-    const int64_t k_ahead = last ? keys.count * p.k.seqlen - h * p.k.head : p.k.head;
-    const int64_t v_ahead = last ? keys.count * p.v.seqlen - h * p.v.head : p.v.head;
-    few_rows_scores(tiles, rows, keys.count, k, p.head_dim, k_ahead, t);
+    few_rows_scores(tiles, rows, keys.count, k_rows.of(h), p.head_dim, k_rows.after(h, heads), t);
     bool hides = false;
     for (int64_t r = 0; r < rows; ++r) {
       hides |= tile_row(p, batch, keys, r, t, mask_is_shared && r > 0, nullptr);
     }
+    const Rows<BFloat16> v = v_rows.of(h);
     if (hides && has_non_finite<float>(keys.count, p.head_dim_v, v)) {
-      pack_values<true>(keys.count, p.head_dim_v, v, t.v_tiles, 0);
-      add_non_finite(p, batch, head_kv, keys, rows, t);
+      pack_values<true>(keys.count, p.head_dim_v, v, t.v_tiles);
+      add_non_finite(p, batch, first_head + h, keys, rows, t);
     } else {
-      pack_values<false>(keys.count, p.head_dim_v, v, t.v_tiles, v_ahead);
+      const Rows<BFloat16> next = v_rows.after(h, heads);
+      pack_values<false>(keys.count, p.head_dim_v, v, t.v_tiles, &next);
     }
     amx_gemm(tiles, rows, p.head_dim_v, depth, t.p, t.s_row, t.v_tiles, t.acc_o, t.o_row, true);
   }
