@@ -56,9 +56,11 @@ __device__ __forceinline__ PageSlot find_slot(const Table& table, const View& vi
 }
 
 // Rows of a warp's tile, of 32 at most, in pages of a cache: lane r knows where row r is, so that
-// one read of the table serves a whole tile of K and one of V. A row is found by all lanes at once.
+// one read of the table serves a whole tile of K and one of V.
 template <class Element>
 struct PagedRows {
+  static constexpr bool by_all_lanes = true;  // row() is called by the whole warp
+
   const Element* cache;  // of one head
   int64_t page_stride;
   int64_t stride;
@@ -98,6 +100,7 @@ template <int kThreads, class Tile, class Source>
 __device__ __forceinline__ void load_rows(const Tile& tile, const Source& source, int cols,
                                           bool vector, int thread) {
   constexpr int kChunks = Tile::rows * Tile::chunks;
+  constexpr bool kByAllLanes = requires { Source::by_all_lanes; };
   static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
   if (vector) {
     // A thread keeps its column of chunks, or takes its turn of the columns within each row.
@@ -122,9 +125,12 @@ __device__ __forceinline__ void load_rows(const Tile& tile, const Source& source
     const int row = i / Tile::chunks;
     const int c = i % Tile::chunks;
     const int col = c * Tile::chunk_elements;
-    const auto* at = source.row(row) + col;
     arch::U32x4 value{0, 0, 0, 0};
-    if (arch::predicate(source.valid(row) && col < cols)) value = load_unaligned(at);
+    const bool inside = arch::predicate(source.valid(row) && col < cols);
+    if (inside || kByAllLanes) {
+      const auto* at = source.row(row) + col;
+      if (inside) value = load_unaligned(at);
+    }
     arch::sts(tile.chunk(row, c), value);
   }
 }
