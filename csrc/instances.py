@@ -160,13 +160,16 @@ ROWS = [
     *attention_fwd_sm80(FLOAT32, head_dim=256, block_m=32, block_n=32, num_warps=2),
     # The first of a head_dim that shared memory has room for.
     *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2
+        SIXTEEN_BIT, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1
@@ -185,7 +188,6 @@ ROWS = [
         block_n=16,
         num_warps=2,
         num_stages=2,
-        allow_spill=Spill(8, "a word that is written before the loop over the keys, read after it"),
     ),
     *decode_sm80(FLOAT32, head_dim=64, block_n=16, num_warps=4, num_stages=2),
     *decode_sm80(FLOAT32, head_dim=128, block_n=16, num_warps=2, num_stages=2),

@@ -180,9 +180,7 @@ def gradients(variant):
     dtype, feature = variant
     q, k, v = make_qkv(*SHAPE, dtype=DTYPES[dtype], layout="bhsd")
     check_backward(trained(), q, k, v, **FEATURES[feature]())
-    name = {"float32": "attention_bwd_sm80_float32_d64"}.get(
-        dtype, f"attention_bwd_sm80_{dtype}_d64_s2_w8"
-    )
+    name = f"attention_bwd_sm80_{dtype}_d64" + ("_s2" if dtype == "bfloat16" else "")
     assert launched() == [name] * 3, "rows, keys, finish"
 
 

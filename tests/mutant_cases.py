@@ -24,7 +24,7 @@ from flashinfer_lite.testing import (
 
 INSTANCES = {
     "attention_fwd": "attention_fwd_sm80_bfloat16_d64",
-    "attention_bwd": "attention_bwd_sm80_bfloat16_d64_s2_w8",
+    "attention_bwd": "attention_bwd_sm80_bfloat16_d64_s2",
     "decode": "decode_sm80_bfloat16_d64_s2",
     "combine": "combine_sm80_bfloat16_from_bfloat16",
     "append_kv": "append_kv_sm80_bfloat16",
