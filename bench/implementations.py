@@ -8,8 +8,9 @@ Each way that it knows to share K and V among a group's heads is an implementati
     sdpa-expanded  K and V repeated for every query head beforehand (attention, attention_bwd)
 
 On a GPU each of torch's kernels is asked for by name instead, with K and V shared by enable_gqa or,
-in decode, packed too: sdpa-flash, sdpa-efficient, sdpa-cudnn, sdpa-flash-packed and so on, and
-FlexAttention compiled (flex) where `shapes.COMPILED` says so.
+in decode, packed too: sdpa-flash, sdpa-efficient, sdpa-cudnn, sdpa-flash-packed and so on.
+
+On both, FlexAttention compiled (flex) where `shapes.COMPILED` says so.
 """
 
 from __future__ import annotations
@@ -159,6 +160,9 @@ def _forward(shape: Shape, q, k, v):
         return F.scaled_dot_product_attention(qh, kh, vh, enable_gqa=gqa, **mask)
 
     yield Candidate("sdpa-gqa" if gqa else "sdpa", sdpa, lambda: (_bshd(sdpa()),))
+    if ("attention", shape.name) in COMPILED:
+        flex = _flex(shape, q.device, gqa)
+        yield Candidate("flex", lambda: flex(qh, kh, vh), lambda: (_bshd(flex(qh, kh, vh)),))
     if gqa:
         ke, ve = (t.repeat_interleave(shape.group_size, 1) for t in (kh, vh))
 
@@ -242,6 +246,13 @@ def _decode(shape: Shape, q, k, v, copies: int):
         return F.scaled_dot_product_attention(qh, *next(sdpa_kv), enable_gqa=gqa)
 
     yield Candidate("sdpa-gqa" if gqa else "sdpa", sdpa, lambda: (_bshd(sdpa()),))
+    if ("decode", shape.name) in COMPILED:
+        flex = _flex(shape, q.device, gqa)
+
+        def flexed():
+            return flex(qh, *next(sdpa_kv))
+
+        yield Candidate("flex", flexed, lambda: (_bshd(flexed()),))
     if gqa:
         # [batch, heads_q, 1, dim] -> [batch, heads_kv, group, dim]: a view, and no mask is needed
         packed_q = qh.view(shape.batch_size, shape.num_heads_kv, shape.group_size, shape.head_dim)

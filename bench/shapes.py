@@ -98,6 +98,8 @@ GPU_DEFAULTS = {
 }
 # Compiling FlexAttention takes longer than timing everything else: only for these, by (op, shape).
 COMPILED = {
+    ("attention", "llama3-8b@1024"),
+    ("decode", "llama3-8b@4096"),
     ("attention", "fa-hd128@4096x4"),
     ("decode", "llama3-8b@4096x32"),
 }
