@@ -76,7 +76,7 @@ def test_holes_in_the_mask(device):
 
 
 def test_packed_position_ids(device):
-    """Two sequences in one row, told apart by position_ids alone: a full mask, like eager's."""
+    """Two sequences in one row, told apart by position_ids alone; eager makes a full mask of it."""
     eager = make_model("mistral", device=device)
     ids = make_batch(device=device)["input_ids"][:1]
     packed = torch.cat([torch.arange(10), torch.arange(14)])[None].to(device)

@@ -36,7 +36,7 @@ def test_names():
     for part in ("flash", "sdpa", "flex", "eager"):
         assert part not in hf.NAME, "transformers branches on it"
     assert "flash" in hf.FLASH_NAME, "continuous batching asks for it"
-    for name in (hf.NAME, hf.FLASH_NAME):
+    for name in (hf.NAME, hf.FLASH_NAME, hf.BATCHING_NAME):
         assert transformers.AttentionInterface()[name] is hf.attention_forward
         assert transformers.AttentionMaskInterface()[name] is hf.key_mask
 
@@ -58,8 +58,9 @@ def test_flash_name_without_the_private_loader(monkeypatch):
     try:
         hf.register()
         for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
-            with pytest.raises(RuntimeError, match=hf.NAME):
-                interface()[hf.FLASH_NAME]()
+            for name in (hf.FLASH_NAME, hf.BATCHING_NAME):
+                with pytest.raises(RuntimeError, match=hf.NAME):
+                    interface()[name]()
         assert transformers.AttentionInterface()[hf.NAME] is hf.attention_forward
     finally:
         monkeypatch.undo()
@@ -68,7 +69,7 @@ def test_flash_name_without_the_private_loader(monkeypatch):
 
 def test_from_config_by_name():
     config = make_model("llama").config
-    for name in (hf.NAME, hf.FLASH_NAME):
+    for name in (hf.NAME, hf.FLASH_NAME, hf.BATCHING_NAME):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
         assert set(implementations(model)) == {name}
 

@@ -1,5 +1,5 @@
-"""Hugging Face transformers: importing this module registers `attn_implementation="fi_lite"` and
-`"flashinfer_lite"`.
+"""Hugging Face transformers: importing this module registers `attn_implementation="fi_lite"`,
+`"flashinfer_lite"` and `"flashinfer_lite_fa2"`.
 
     import flashinfer_lite.hf
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fi_lite")
@@ -20,10 +20,11 @@ from flashinfer_lite.hf.cache import Cache
 from flashinfer_lite.hf.linear import FlatLinear
 from flashinfer_lite.hf.masks import key_mask
 from flashinfer_lite.hf.patching import Patch, patch
-from flashinfer_lite.hf.registration import FLASH_NAME, NAME, register
+from flashinfer_lite.hf.registration import BATCHING_NAME, FLASH_NAME, NAME, register
 
 __all__ = [
     "APPLIED",
+    "BATCHING_NAME",
     "FLASH_NAME",
     "INERT",
     "NAME",

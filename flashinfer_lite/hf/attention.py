@@ -1,16 +1,17 @@
-"""The attention function transformers calls in every layer, over `flashinfer_lite.attention` and
-`flashinfer_lite.decode`."""
+"""The attention function transformers calls in every layer, over `flashinfer_lite.attention`,
+`decode` and `attention_varlen`."""
 
 import torch
 
 import flashinfer_lite
+from flashinfer_lite.hf import packed
 from flashinfer_lite.hf.calibration import phi_of
-from flashinfer_lite.hf.masks import span_of
+from flashinfer_lite.hf.masks import is_numbered, span_of
 
 # Every keyword a model may pass is in exactly one of these three lists; any other one is an error.
-APPLIED = frozenset(
-    {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_bias", "s_aux"}
-)
+APPLIED = packed.NAMES | {
+    *("scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_bias", "s_aux"),
+}
 INERT = frozenset(
     {
         "cache_position",
@@ -18,27 +19,17 @@ INERT = frozenset(
         "encoder_hidden_states",  # cross attention: key and value were made from them
         "logits_indices",
         "logits_processor_args",
-        "max_length_k",  # sizes that come with cu_seq_lens_*, which are refused
-        "max_length_q",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_ids",  # applied by the rotary embedding; packing has become a mask
-        "read_index",  # comes with `cache`, which is refused
         "return_dict",
         "use_cache",
-        "write_index",  # comes with `cache`, which is refused
     }
 )
-_VARLEN = "packed sequences do not reach attention_varlen from here yet; pad the batch instead"
-_PAGED = "continuous batching needs paged attention, which has not landed"
 _SPARSE = "sparse attention by index is not supported"
 REFUSED = {
-    "cu_seq_lens_q": _VARLEN,
-    "cu_seq_lens_k": _VARLEN,
-    "seq_idx": _VARLEN,
-    "cache": _PAGED,
-    "block_table": _PAGED,
+    "seq_idx": "say where sequences begin by cu_seq_lens_q and cu_seq_lens_k, or by position_ids",
     "indices": _SPARSE,
     "block_indices": _SPARSE,
     "output_attentions": "fused kernels never hold the weights; use attn_implementation='eager'",
@@ -72,9 +63,10 @@ def attention_forward(
         key: [batch, num_heads_kv, seqlen_kv, head_dim].
         value: [batch, num_heads_kv, seqlen_kv, head_dim_v].
         attention_mask: None; or a bool row [batch, 1, 1, length] that says which keys exist (those
-            past `length` do not), on top of which causal and window apply; or any other 4-D mask,
-            bool or additive, which is complete: causal and window are taken to be in it. For one
-            query a row is complete too, unless `key_mask` made it.
+            past `length` do not), on top of which causal and window apply; or the row of
+            sequence numbers that `key_mask` makes of packed sequences, likewise; or any other
+            4-D mask, bool or additive, which is complete: causal and window are taken to be in it.
+            For one query a bool row is complete too, unless `key_mask` made it.
         scaling: softmax scale, None for head_dim ** -0.5.
         dropout: 0; dropout has not landed.
         sliding_window: a query sees the last `sliding_window` keys, its own included (in both
@@ -85,7 +77,10 @@ def attention_forward(
             [batch, num_heads_q, seqlen_q, seqlen_kv]; its gradient is computed.
         s_aux: the attention sinks of GPT-OSS, [num_heads_q]: `flashinfer_lite.attention`'s sink;
             its gradient is computed.
-        **kwargs: names in INERT are ignored, names in REFUSED raise. None means not given.
+        **kwargs: cu_seq_lens_q and cu_seq_lens_k, int32 or int64 [sequences + 1], say where packed
+            sequences begin; max_length_q and max_length_k bound them. cache and what comes with it
+            (block_table, read_index, write_index) is continuous batching's. Names in INERT are
+            ignored, names in REFUSED raise. None means not given.
 
     Returns:
         (out, None) with out [batch, seqlen_q, num_heads_q, head_dim_v], contiguous.
@@ -98,12 +93,13 @@ def attention_forward(
     Example:
         >>> model.set_attn_implementation("fi_lite")  # this function, with its mask function
     """
+    sequences, key, value = packed.take(module, query, key, value, attention_mask, kwargs)
     qkv, options = op_arguments(
         module,
         query,
         key,
         value,
-        attention_mask,
+        attention_mask if sequences is None else None,
         scaling=scaling,
         dropout=dropout,
         sliding_window=sliding_window,
@@ -112,9 +108,12 @@ def attention_forward(
         position_bias=position_bias,
         **kwargs,
     )
+    options |= {"sink": s_aux, "phi": phi_of(module, query.device)}
+    if sequences is not None:
+        return sequences.attend(*qkv, **options), None
     decoding = query.shape[2] <= DECODE_MAX_SEQLEN_Q and not torch.is_grad_enabled()
     op = flashinfer_lite.decode if decoding else flashinfer_lite.attention
-    return op(*qkv, sink=s_aux, phi=phi_of(module, query.device), **options), None
+    return op(*qkv, **options), None
 
 
 def op_arguments(
@@ -158,6 +157,8 @@ def _check_kwargs(kwargs: dict) -> None:
     for name, given in kwargs.items():
         if given is None or name in INERT:
             continue
+        if name in packed.NAMES:
+            raise NotImplementedError(f"{name}: calibration takes padded batches alone")
         if name not in REFUSED:
             raise TypeError(
                 f"{name}: unknown argument of the attention function; if it cannot change the "
@@ -178,6 +179,8 @@ def _visible_keys(
         raise TypeError(f"attention_mask: expected a tensor or None, got {type(mask).__name__}")
     if mask.dim() != 4:
         raise ValueError(f"attention_mask: expected 4 dimensions, got shape {tuple(mask.shape)}")
+    if is_numbered(mask):
+        return seqlen_kv, {**plain, "mask": mask == mask.mT}
     span = span_of(mask)
     is_row = mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[2] == 1
     complete = seqlen_q == 1 if span is None else span.complete

@@ -2,25 +2,33 @@
 
 transformers' own implementations build a [batch, 1, seqlen_q, seqlen_kv] mask as soon as one token
 is padding. The kernels know causal and window by themselves, so all they need is which *keys*
-exist: a row [batch, 1, 1, length]. Only patterns that a row cannot describe (packed sequences,
-chunked or blockwise attention) are spelt out in full.
+exist: a row [batch, 1, 1, length]. Of sequences packed into one row they need the number of each
+token's sequence. Only patterns that a row cannot describe (chunked or blockwise attention) are
+spelt out in full.
 """
 
 from typing import NamedTuple
 
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_overlay,
 )
 
-# transformers hands the window over as a closure, which only its code object identifies.
+# transformers hands windows and packing over as closures, which only code objects identify.
 _AND_CODE = and_masks(causal_mask_function).__code__
 _WINDOW_CODE = sliding_window_overlay(1).__code__
+_PACKED_CODE = packed_sequence_mask_function(None).__code__
+# Newer versions ask by position what is seen within a sequence, older ones by slot.
+_remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+_REMAP_CODE = _remap and _remap(causal_mask_function, None).__code__
 _ATTRIBUTE = "_flashinfer_lite_keys"
+_OFFSETS = "_flashinfer_lite_offsets"
 
 
 class KeySpan(NamedTuple):
@@ -42,6 +50,23 @@ def span_of(mask: torch.Tensor) -> KeySpan | None:
     """The KeySpan that `key_mask` attached; None for masks from elsewhere and in a graph."""
     # A graph must not read it: dynamo would specialise on the attribute of one particular tensor.
     return None if torch.compiler.is_compiling() else getattr(mask, _ATTRIBUTE, None)
+
+
+def is_numbered(mask: torch.Tensor) -> bool:
+    """Whether a mask is a row of sequence numbers, as only `key_mask` makes them."""
+    return mask.dtype == torch.int16 and mask.shape[:3] == (1, 1, 1)
+
+
+def offsets_of(row: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens of a row of sequence numbers, found once per forward: a GPU has to sync for it."""
+    offsets = getattr(row, _OFFSETS, None)
+    if offsets is None:
+        number = row.flatten()
+        starts = (number.diff() != 0).nonzero().flatten() + 1
+        offsets = torch.nn.functional.pad(starts, (1, 1))
+        offsets[-1] = len(number)
+        setattr(row, _OFFSETS, offsets)
+    return offsets
 
 
 def key_mask(
@@ -68,12 +93,16 @@ def key_mask(
 
     Returns:
         None (every key exists), a bool row [batch, 1, 1, length] with length <= kv_length that
-        describes keys only (causal and window are left to the attention function), or a complete
-        bool mask [batch, 1, q_length, kv_length].
+        describes keys only (causal and window are left to the attention function), for packed
+        sequences of a batch of 1 an int16 row [1, 1, 1, kv_length], the number modulo 2 ** 16 of
+        each token's, or a complete bool mask [batch, 1, q_length, kv_length].
     """
     # A static cache counts on the device; on the CPU reading the count costs nothing.
     if isinstance(q_offset, torch.Tensor) and _values_known(q_offset):
         q_offset = int(q_offset)
+    numbers = _sequence_numbers(mask_function)
+    if numbers is not None and batch_size == 1:
+        return numbers[:, None, None, :].short()
     bidirectional = mask_function is bidirectional_mask_function
     row_allowed = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
     plain = (
@@ -112,16 +141,39 @@ def key_mask(
 
 
 def _is_sliding_causal(mask_function) -> bool:
-    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND_CODE:
-        return (
-            False  # dynamo cannot look into closures: the window is spelt out in a compiled graph
-        )
-    (functions,) = (cell.cell_contents for cell in mask_function.__closure__)
-    return (
-        len(functions) == 2
-        and getattr(functions[0], "__code__", None) is _WINDOW_CODE
-        and functions[1] is causal_mask_function
-    )
+    window, causal = _parts_of_and(mask_function)
+    return _code(window) is _WINDOW_CODE and causal is causal_mask_function
+
+
+def _sequence_numbers(mask_function) -> torch.Tensor | None:
+    """[batch, length] if the function is causal, perhaps with a window, within packed sequences."""
+    parts = _parts_of_and(mask_function)
+    same, inner = parts if _code(parts[0]) is _PACKED_CODE else reversed(parts)
+    if _code(same) is not _PACKED_CODE:
+        return None
+    if _REMAP_CODE and _code(inner) is _REMAP_CODE:
+        inner = _captured(inner)["mask_function"]
+    numbers = _captured(same)["packed_sequence_mask"]
+    plain = inner is causal_mask_function or _is_sliding_causal(inner)
+    return numbers if plain and type(numbers) is torch.Tensor else None
+
+
+def _parts_of_and(mask_function) -> tuple:
+    """The two functions of an `and_masks`; of anything else (None, None)."""
+    # Dynamo cannot look into closures: in a compiled graph every pattern is spelt out.
+    if torch.compiler.is_compiling() or _code(mask_function) is not _AND_CODE:
+        return None, None
+    (functions,) = _captured(mask_function).values()
+    return functions if len(functions) == 2 else (None, None)
+
+
+def _code(function):
+    return getattr(function, "__code__", None)
+
+
+def _captured(function) -> dict:
+    cells = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
 
 def _values_known(tensor: torch.Tensor) -> bool:
