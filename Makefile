@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build simt test test-all test-gpu mutants sanitize ptxas sass static demo fdpp bench lint format
+.PHONY: help venv build simt test test-all test-gpu support mutants sanitize ptxas sass static demo fdpp bench lint format
 .PHONY: asan wheel wheel-check clean
 
 help:  ## print this list
@@ -41,6 +41,10 @@ test-all: build simt  ## build, then every test, the long grids too
 
 test-gpu: build simt  ## the tests and the kernels' golden values, on a machine with a GPU
 	$(BIN)/python scripts/test_gpu.py $(ARGS)
+
+support:  ## write the README's support table; RECORD=1 runs all tests first for what it claims
+	$(if $(RECORD),$(MAKE) test ARGS="--record-support docs/support.json")
+	python3 scripts/support_table.py
 
 mutants: build simt  ## break each barrier, wait and guard of the kernels; the tests must notice
 	$(BIN)/python tests/mutants.py $(ARGS)

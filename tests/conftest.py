@@ -27,7 +27,7 @@ hypothesis.settings.register_profile("fixed", max_examples=50, derandomize=True,
 hypothesis.settings.register_profile("explore", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile("fixed")
 
-pytest_plugins = ["cuda_coverage"]
+pytest_plugins = ["cuda_coverage", "support"]
 
 NO_FLOAT64 = "CUDA kernels refuse float64 by name"
 NOT_EMULATED = f"{EMULATED} has an attention and a flat_gemm of its own, in bfloat16 alone"

@@ -49,6 +49,8 @@ def test_a_dry_run_walks_every_stage(device, tmp_path):
     for stage in result["stages"]:
         assert stage["status"] == "passed" and stage["seconds"] <= stage["limit_s"], stage
         assert stage["summary"] and stage["summary"] in done.stdout
+    tests = next(stage for stage in result["stages"] if stage["stage"] == "tests")
+    assert "bfloat16" in tests["details"]["support"]["cpu"]["merge_states"]["forward"]
     assert result["machine"]["self_test"] and set(result["clocks"]) == {"before", "after"}
     assert len(result["sources_sha256"]) == 64 and result["libraries_sha256"]["_C_cpu.abi3.so"]
     assert {row["op"] for row in result["rows"]} == {"attention", "attention_bwd", "decode"}

@@ -171,15 +171,19 @@ def counted(found: dict) -> str:
 def tests(run: Run, seconds: float) -> dict:
     if not has_module(run, "pytest"):
         return outcome(False, "no pytest in this python: carry wheels and pass --wheels")
+    support = run.work / "support.json"
+    record = f"--record-support={support}"
     if run.dry:
         few = ["tests/test_merge_states.py", "-k", "single_state or only_empty"]
-        ok, found = run_pytest(run, "tests", few, seconds)
-        return outcome(ok, counted(found), numerics=found)
+        ok, found = run_pytest(run, "tests", [record, *few], seconds)
+        return outcome(ok, counted(found), numerics=found, support=read_json(support))
     files = [f"tests/test_{name}.py" for name in TEST_FILES]
     workers = max(1, min(10, (os.cpu_count() or 1) - 4))
     with ThreadPoolExecutor() as pool:
         both = [
-            pool.submit(run_pytest, run, "tests", ["-m", "not slow", *files], seconds, workers),
+            pool.submit(
+                run_pytest, run, "tests", [record, "-m", "not slow", *files], seconds, workers
+            ),
             # Values of lengths are checked in this mode only, which waits for the device.
             pool.submit(
                 run_pytest,
@@ -193,7 +197,8 @@ def tests(run: Run, seconds: float) -> dict:
         ]
         (ok, found), (ok_checked, checked) = [future.result() for future in both]
     summary = f"{counted(found)}; with FLASHINFER_LITE_CHECK=1: {counted(checked)}"
-    return outcome(ok and ok_checked, summary, numerics=found, checked=checked)
+    details = {"numerics": found, "checked": checked, "support": read_json(support)}
+    return outcome(ok and ok_checked, summary, **details)
 
 
 def golden(run: Run, seconds: float) -> dict:
