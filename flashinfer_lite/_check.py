@@ -223,6 +223,27 @@ def sink(x, q):
         raise ValueError(f"sink: expected shape [{q.shape[-2]}] (num_heads_q), got {list(x.shape)}")
 
 
+def alibi_slopes(x, q, batch_size):
+    if x is None:
+        return
+    tensor("alibi_slopes", x)
+    if x.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes: expected dtype float32, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"alibi_slopes: expected q's device {q.device}, got {x.device}")
+    num_heads = q.shape[-2]
+    if x.shape not in ((num_heads,), (batch_size, num_heads)):
+        raise ValueError(
+            f"alibi_slopes: expected shape [{num_heads}] (num_heads_q) or "
+            f"[{batch_size}, {num_heads}] (batch, num_heads_q), got {list(x.shape)}"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            "alibi_slopes: expected a tensor that does not require grad, got one that does: no "
+            "gradient reaches it but in reference.attention; detach() it"
+        )
+
+
 def choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")

@@ -18,6 +18,7 @@ DIMS = {
     "mask": {"batch": 0, "heads": 1},
     "lse": {"batch": 0, "heads": 1},
     "sink": {"heads": 0},
+    "alibi_slopes": {"batch": 0, "heads": 1},
     "phi": {"heads": 0},
     "kv_start": {"batch": 0},
     "seqlens_kv": {"batch": 0},
@@ -54,8 +55,11 @@ def call(op, **tensors):
             return x
         placements, gradients = [], []
         is_kv = name in names_kv
+        dims = dims_kv if is_kv else DIMS.get(name, ROWS)
+        if name == "alibi_slopes" and x.dim() == 1:  # the same for every sequence
+            dims = DIMS["sink"]
         for cut in cuts_kv if is_kv else cuts:
-            dim = (dims_kv if is_kv else DIMS.get(name, ROWS)).get(cut)
+            dim = dims.get(cut)
             whole = dim is None or (name == "mask" and x.shape[dim] == 1)
             placements.append(Replicate() if whole else Shard(dim))
             gradients.append(Partial() if whole and cut else placements[-1])

@@ -17,10 +17,7 @@ from flashinfer_lite.gemm import KERNELS as FLAT_KERNELS
 from flashinfer_lite.gemm import choose_kernel, flat_linear, under_autocast
 from flashinfer_lite.varlen import attention_varlen, check_varlen, longest_sequence
 
-NOT_LANDED = (
-    "dropout_p",
-    "alibi_slopes",
-)
+NOT_LANDED = ("dropout_p",)
 
 
 OPS = {"attention": attention, "attention_varlen": attention_varlen, "decode": decode}
@@ -121,9 +118,12 @@ def explain(op, *args, **kwargs) -> Explanation:
     _check.unified(given["softmax"], given["phi"], q)
     _check.not_landed(**{n: given[n] for n in NOT_LANDED if n in given})
     _check.sink(given["sink"], q)
+    sequences = given["cu_seqlens_q"].shape[0] - 1 if name == "attention_varlen" else q.shape[0]
+    _check.alibi_slopes(given["alibi_slopes"], q, sequences)
     splits, invariant = given.get("kv_splits", 1), name == "decode" and given["batch_invariant"]
     if name == "decode":
-        check_decode(q, k, v, given["mask"], given["sink"], splits, invariant, given["out"])
+        floating = (given[n] for n in ("mask", "sink", "alibi_slopes"))
+        check_decode(q, k, v, *floating, splits, invariant, given["out"])
     reference_runs = _check.impl(given["impl"], q)
     if name == "attention_varlen":
         if table is not None:

@@ -22,22 +22,25 @@ _RAGGED = f"Tensor cu_seqlens_q, Tensor cu_seqlens_kv, {_LENGTHS}"
 _SCORES = "float softmax_scale, float softcap, int causal, int window_left, int window_right"
 _PHI = "float? phi=None, Tensor? phi_heads=None"
 _PAGED = f"{_PHI}, Tensor? block_table=None"
+# float32 [num_heads_q] or [batch, num_heads_q]; it gets no gradient.
+_ALIBI = "Tensor? alibi_slopes=None"
 # On CUDA the gradients' bits differ from run to run without it.
 _DETERMINISTIC = "bool deterministic=False"
 SCHEMAS = {
     "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_INPUTS}, {_SCORES}, {_PHI}, "
-    f"{_DETERMINISTIC}) -> (Tensor, Tensor)",
+    f"{_DETERMINISTIC}, {_ALIBI}) -> (Tensor, Tensor)",
     "attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask, {_DETERMINISTIC}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask, {_DETERMINISTIC}, "
+    f"{_ALIBI}) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_RAGGED}, {_SCORES}, "
-    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}) -> (Tensor, Tensor)",
+    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}, {_ALIBI}) -> (Tensor, Tensor)",
     "attention_varlen_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_RAGGED}, {_SCORES}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_RAGGED}, {_SCORES}, {_ALIBI}) -> (Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
-    f"bool batch_invariant, {_PAGED}) -> (Tensor, Tensor)",
+    f"bool batch_invariant, {_PAGED}, {_ALIBI}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
-    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PAGED}) -> ()",
+    f"int kv_splits, bool batch_invariant, Tensor(a!) out, Tensor(b!) lse, {_PAGED}, {_ALIBI}) "
+    "-> ()",
     "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "append_kv": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor seqlens_kv, "
     "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved) -> ()",
@@ -216,7 +219,7 @@ def _(x, weight, bias, kernel, out):
 
 @torch.library.register_fake("flashinfer_lite::attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
-    _one_device(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv)
+    _one_device(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *_tensors(rest))
     wants_dmask = rest[5]
     dmask = mask.new_empty(mask.shape, dtype=lse.dtype) if wants_dmask else lse.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
@@ -225,9 +228,9 @@ def _(dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv, *rest):
 def _save_attention(ctx, inputs, output):
     # lse is true whatever the softmax stood on: the backward does not see phi.
     q, k, v, mask, kv_start, seqlens_kv, *scalars = inputs[:11]
-    ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, *output)
+    ctx.deterministic, alibi_slopes = inputs[13:]
+    ctx.save_for_backward(q, k, v, mask, kv_start, seqlens_kv, alibi_slopes, *output)
     ctx.scalars = scalars
-    ctx.deterministic = any(inputs[13:])  # left out where it is the default
     ctx.set_materialize_grads(False)
 
 
@@ -241,8 +244,8 @@ def _as_read(dout, dlse, out):
 
 
 def _attention_backward(ctx, dout, dlse):
-    q, k, v, mask, kv_start, seqlens_kv, out, lse = ctx.saved_tensors
-    none = [None] * 11  # of the inputs from mask on
+    q, k, v, mask, kv_start, seqlens_kv, alibi_slopes, out, lse = ctx.saved_tensors
+    none = [None] * 12  # of the inputs from mask on
     if dout is None and dlse is None:
         return None, None, None, *none
     dout, dlse = _as_read(dout, dlse, out)
@@ -253,7 +256,8 @@ def _attention_backward(ctx, dout, dlse):
         # Rows that share an element of the mask would add to it in any order.
         mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     inputs = dout, dlse, q, k, v, out, lse, mask, kv_start, seqlens_kv
-    dq, dk, dv, dmask = attention_bwd(*inputs, *ctx.scalars, wants_dmask, deterministic)
+    options = wants_dmask, deterministic, alibi_slopes
+    dq, dk, dv, dmask = attention_bwd(*inputs, *ctx.scalars, *options)
     if not wants_dmask:
         return dq, dk, dv, *none
     return dq, dk, dv, dmask.sum_to_size(shape).to(mask.dtype), *none[1:]
@@ -265,22 +269,24 @@ torch.library.register_autograd(
 
 
 def _save_varlen(ctx, inputs, output):
-    if inputs[-1] is not None:
+    block_table, alibi_slopes = inputs[-2:]
+    if block_table is not None:
         raise RuntimeError(
             "block_table: expected None with inputs that require grad: pages are for inference"
         )
-    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.save_for_backward(*inputs[:7], alibi_slopes, *output)
     ctx.scalars = inputs[7:12]
     ctx.set_materialize_grads(False)
 
 
 def _varlen_backward(ctx, dout, dlse):
-    q, k, v, *offsets, out, lse = ctx.saved_tensors
-    none = [None] * 14  # of the inputs from cu_seqlens_q on
+    q, k, v, *offsets, alibi_slopes, out, lse = ctx.saved_tensors
+    none = [None] * 15  # of the inputs from cu_seqlens_q on
     if dout is None and dlse is None:
         return None, None, None, *none
     dout, dlse = _as_read(dout, dlse, out)
-    return *attention_varlen_bwd(dout, dlse, q, k, v, out, lse, *offsets, *ctx.scalars), *none
+    inputs = dout, dlse, q, k, v, out, lse, *offsets
+    return *attention_varlen_bwd(*inputs, *ctx.scalars, alibi_slopes), *none
 
 
 torch.library.register_autograd(

@@ -31,7 +31,7 @@ def attention(
 ):
     """FlashAttention-2: exact attention without a seqlen_q x seqlen_kv buffer.
 
-        S = softcap(softmax_scale q k^T) + mask,  hidden keys at -inf
+        S = softcap(softmax_scale q k^T) + alibi + mask,  hidden keys at -inf
         out = softmax(S) v,  lse = log sum exp(S)
 
     Dao, "FlashAttention-2" (arXiv 2307.08691). K and V are read where they lie, never copied or
@@ -52,6 +52,11 @@ def attention(
         softcap: None, or c > 0 for c * tanh(score / c), before the mask.
         mask: bool (True is visible) or additive floating point, where exactly -inf hides a key;
             broadcasts to [batch, num_heads_q, seqlen_q, seqlen_kv].
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], any strides: adds -slope
+            |position - j| to the score of key j (Press et al., "Train short, test long", arXiv
+            2108.12409), after the softcap. The position of row i is that of causal and window: i +
+            seqlen_kv - seqlen_q, counted from seqlens_kv where there is one, and i with "top_left".
+            No gradient: a tensor that requires grad is refused.
         kv_start, seqlens_kv: int32 or int64 [batch]: the visible slots of each sequence are
             kv_start <= j < seqlens_kv; bottom-right alignment counts from seqlens_kv.
         deterministic: gradients whose bits are the same in every run, as everything else is
@@ -78,7 +83,7 @@ def attention(
             Models with Attention Sinks" (arXiv 2309.17453), where the first tokens play it. No
             scale, softcap, mask or window applies to it. -inf is no sink, NaN makes its head NaN.
             A bfloat16 or float16 out is rounded once more.
-        alibi_slopes, dropout_p: not implemented yet, refused.
+        dropout_p: not implemented yet, refused.
 
     Returns:
         out [batch, seqlen_q, num_heads_q, head_dim_v], or (out, lse) with lse [batch, num_heads_q,
@@ -87,7 +92,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what is expected and what came.
-        RuntimeError: for values only the kernel reads (kv_start, seqlens_kv). On CUDA they are
+        RuntimeError: for alibi_slopes that require grad while grad mode is on, and
+            for values only the kernel reads (kv_start, seqlens_kv). On CUDA they are
             clamped instead, because a check would wait for the device; the environment variable
             FLASHINFER_LITE_CHECK=1 asks for it.
         NotImplementedError: for arguments that have not landed, and for tensors that carry a
@@ -124,9 +130,11 @@ def attention(
     arguments = prepare(q, k, v, causal, window, softmax_scale, softcap, mask, kv_start, seqlens_kv)
     phi_of_op = _check.unified(softmax, phi, q)
     _check.sink(sink, q)
-    _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
+    _check.alibi_slopes(alibi_slopes, q, q.shape[0])
+    _check.not_landed(dropout_p)
     as_reference = _check.impl(impl, q)
-    tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True)) | {"sink": sink}
+    tensors = dict(zip(("q", "k", "v", "mask"), arguments[:4], strict=True))
+    tensors |= {"sink": sink, "alibi_slopes": alibi_slopes}
     if not as_reference:
         _check.no_forward_ad("attention", "; impl='reference' has", **tensors)
     others = {"kv_start": kv_start, "seqlens_kv": seqlens_kv, "phi": phi}
@@ -143,9 +151,9 @@ def attention(
         )
         out, lse = _dtensor.call(op, **tensors, **others)
     elif as_reference:
-        out, lse = run_reference(arguments, sink)
+        out, lse = run_reference(arguments, sink, None, alibi_slopes)
     else:
-        out, lse = _ops.attention_fwd(*arguments, *phi_of_op, bool(deterministic))
+        out, lse = _ops.attention_fwd(*arguments, *phi_of_op, bool(deterministic), alibi_slopes)
         if sink is not None:
             out, lse = _sink.fold(out, lse, sink, return_lse)
     return (out, lse) if return_lse else out
@@ -183,7 +191,7 @@ def prepare(
     return q, k, v, mask, kv_start, seqlens_kv, *scores
 
 
-def run_reference(arguments, sink, block_table=None):
+def run_reference(arguments, sink, block_table, alibi_slopes):
     """The eager oracle on prepared arguments."""
     q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal, left, right = arguments
     if block_table is not None:
@@ -197,6 +205,7 @@ def run_reference(arguments, sink, block_table=None):
         softmax_scale=softmax_scale,
         softcap=softcap or None,
         mask=mask,
+        alibi_slopes=alibi_slopes,
         sink=sink,
         kv_start=kv_start,
         seqlens_kv=seqlens_kv,

@@ -18,6 +18,7 @@ _TENSORS = (
     "sink",
     "phi",
     "block_table",
+    "alibi_slopes",
 )
 
 
@@ -71,10 +72,10 @@ def decode(
             neither on the batch nor on the number of threads or SMs. Excludes kv_splits.
         process_group: a torch.distributed.ProcessGroup whose ranks hold the cache in parts, cut
             along the sequence: `Sequence parallel`, below.
-        causal, window, softmax_scale, softcap, mask, sink, softmax, phi, impl, return_lse, and the
-            rest: as in `attention`. causal matters when seqlen_q > 1. With softmax="unified"
-            partial states are merged by plain sums, and the guard is asked once per row, after all
-            splits. A sink, too, is counted once, after them.
+        causal, window, softmax_scale, softcap, mask, alibi_slopes, sink, softmax, phi, impl,
+            return_lse, and the rest: as in `attention`. causal matters when seqlen_q > 1. With
+            softmax="unified" partial states are merged by plain sums, and the guard is asked once
+            per row, after all splits. A sink, too, is counted once, after them.
 
     Returns:
         out, or (out, lse) with return_lse; shapes, dtypes and empty rows as in `attention`.
@@ -88,20 +89,22 @@ def decode(
     On CUDA the limits are those of `attention`, and DTensors are taken as there.
 
     Sequence parallel: with process_group every rank of the group makes the same call, with the same
-    q, phi and sink, and with its own part of the keys: k_cache, v_cache, block_table, kv_start,
-    seqlens_kv, kv_splits and the columns of mask. The sequence is the slots 0 <= j < seqlens_kv of
-    rank 0, then those of rank 1, and so on; kv_start hides slots and moves none. So causal and
-    window count positions in the whole sequence, as if the parts were concatenated. Where they do
-    not matter (one query and no window) the parts may hold the keys in any order. A part may be
-    empty. Each rank returns the whole result, with the same bits as every other.
+    q, phi, sink and alibi_slopes, and with its own part of the keys: k_cache, v_cache, block_table,
+    kv_start, seqlens_kv, kv_splits and the columns of mask. The sequence is the slots 0 <= j <
+    seqlens_kv of rank 0, then those of rank 1, and so on; kv_start hides slots and moves none. So
+    causal, window and alibi_slopes count positions in the whole sequence, as if the parts were
+    concatenated. Where they do not matter (one query, no window, no slopes) the parts may hold the
+    keys in any order. Slopes become a float32 mask [batch, num_heads_q, seqlen_q, capacity] on each
+    rank. A part may be empty. Each rank returns the whole result, with the same bits as every
+    other.
 
     Partial results are rounded to q's dtype once before they are merged. softmax="unified" merges
     them by one all-reduce and then reads, which waits for the device, whether a row was not safe
     and is to be merged by (out, lse); it raises while a CUDA graph is captured. With
     batch_invariant=True or impl="reference" every row is merged by (out, lse). On the CPU ranks
     first compare their calls, and all raise if one differs or refuses its arguments; on CUDA only
-    under FLASHINFER_LITE_CHECK=1, which also compares the values of q, phi and sink: without it a
-    rank that differs is a wait until the group's timeout, or a wrong result.
+    under FLASHINFER_LITE_CHECK=1, which also compares the values of q, phi, sink and alibi_slopes:
+    without it a rank that differs is a wait until the group's timeout, or a wrong result.
     docs/distributed.md has more.
 
     Example:
@@ -148,10 +151,13 @@ def decode(
         )
         phi_of_op = _check.unified(softmax, phi, q)
         _check.sink(sink, q)
-        _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
-        check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out)
+        _check.alibi_slopes(alibi_slopes, q, q.shape[0])
+        _check.not_landed(dropout_p)
+        floating = mask, sink, alibi_slopes
+        check_decode(q, k_cache, v_cache, *floating, kv_splits, batch_invariant, out)
         as_reference = _check.impl(impl, q)
-        tensors = dict(zip(_TENSORS, (*arguments[:6], sink, phi, block_table), strict=True))
+        others = sink, phi, block_table, alibi_slopes
+        tensors = dict(zip(_TENSORS, (*arguments[:6], *others), strict=True))
         on_mesh = _on_mesh(out, group, *tensors.values())
         if group is not None:
             distributed.check_call(arguments, block_table, phi_of_op)
@@ -172,24 +178,25 @@ def decode(
         result, lse = _dtensor.call(op, **tensors)
     elif group is not None:
         how = phi_of_op, batch_invariant, as_reference
-        result, lse = distributed.decode(group, run, arguments, block_table, sink, *how)
+        shared = alibi_slopes, sink
+        result, lse = distributed.decode(group, run, arguments, block_table, *shared, *how)
     else:
-        result, lse = run(arguments, sink, return_lse, out)
+        result, lse = run(arguments, alibi_slopes, sink, return_lse, out)
     if out is not None and result is not out:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
 
 
-def _run(rest, as_reference, arguments, sink, wants_lse=True, out=None):
+def _run(rest, as_reference, arguments, alibi_slopes, sink, wants_lse=True, out=None):
     """(out, lse), written to `out` where that is no detour."""
     if as_reference:
-        return run_reference(arguments, sink, rest[-1])
+        return run_reference(arguments, sink, rest[-1], alibi_slopes)
     if out is not None and sink is None:
         q = arguments[0]
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_ops.accumulator_dtype(q.dtype))
-        _ops.decode_out(*arguments, *rest[:2], out, lse, *rest[2:])
+        _ops.decode_out(*arguments, *rest[:2], out, lse, *rest[2:], alibi_slopes)
         return out, lse
-    result = _ops.decode(*arguments, *rest)
+    result = _ops.decode(*arguments, *rest, alibi_slopes)
     return result if sink is None else _sink.fold(*result, sink, wants_lse)
 
 
@@ -206,7 +213,7 @@ def _on_mesh(out, group, *tensors):
     return on_mesh
 
 
-def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, out):
+def check_decode(q, k_cache, v_cache, mask, sink, alibi_slopes, kv_splits, batch_invariant, out):
     """Check what decode takes beyond attention's arguments."""
     if isinstance(kv_splits, bool) or not isinstance(kv_splits, int):
         raise TypeError(f"kv_splits: expected an integer, got {kv_splits!r}")
@@ -216,6 +223,7 @@ def check_decode(q, k_cache, v_cache, mask, sink, kv_splits, batch_invariant, ou
         raise ValueError(f"kv_splits: expected 0 with batch_invariant, got {kv_splits}")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "mask": mask, "sink": sink}
     _check.no_grad("decode", **tensors)
+    tensors["alibi_slopes"] = alibi_slopes
     _check.no_forward_ad("decode", "; reference.attention has", **tensors)
     if out is not None:
         _check_out(out, q, v_cache)

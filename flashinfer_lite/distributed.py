@@ -75,22 +75,25 @@ def decode(*arguments):
     return (torch.compiler.disable(_decode) if disabled else _decode)(*arguments)
 
 
-def _decode(group, run, arguments, block_table, sink, phi, batch_invariant, as_reference):
-    """(out, lse) over all ranks' keys; run(arguments, sink) is those of this rank's."""
+def _decode(
+    group, run, arguments, block_table, alibi_slopes, sink, phi, batch_invariant, as_reference
+):
+    """(out, lse) over all ranks' keys; run(arguments, None, None) is those of this rank's."""
     q = arguments[0]
-    _agree(group, arguments, block_table, phi, sink, batch_invariant, as_reference)
-    here = _on_this_rank(group, arguments, block_table)
+    shared = {"phi": phi[1], "sink": sink, "alibi_slopes": alibi_slopes}
+    _agree(group, arguments, block_table, phi, shared, batch_invariant, as_reference)
+    here = _on_this_rank(group, arguments, block_table, alibi_slopes)
     if block_table is not None and _wants_checks(q):
         with refusals_told(group, q):  # only the op knows which pages it reads
-            state = run(here, None)
+            state = run(here, None, None)
         _raise_what_is_told(_gather_objects(group, None))
     else:
-        state = run(here, None)
+        state = run(here, None, None)
     state = _merge(group, *state, phi, batch_invariant, as_reference)
     return state if sink is None else _sink.fold(*state, sink)
 
 
-def _agree(group, arguments, block_table, phi, sink, batch_invariant, as_reference):
+def _agree(group, arguments, block_table, phi, shared, batch_invariant, as_reference):
     """Fail on every rank alike if the ranks do not make the same call."""
     q, k_cache, v_cache, _, _, _, softmax_scale, softcap, causal, *window = arguments
     if not _wants_checks(q):
@@ -108,13 +111,14 @@ def _agree(group, arguments, block_table, phi, sink, batch_invariant, as_referen
         ("window", "value", tuple(window)),
         ("softmax", "value", "unified" if is_unified(phi) else "online"),
         ("phi", "value", number if heads is None else "a tensor"),
-        ("sink", "value", None if sink is None else "a tensor"),
+        ("sink", "value", None if shared["sink"] is None else "a tensor"),
+        ("alibi_slopes", "value", None if shared["alibi_slopes"] is None else "a tensor"),
         ("block_table", "value", None if block_table is None else "a tensor"),
         ("batch_invariant", "value", bool(batch_invariant)),
         ("impl", "value", "reference" if as_reference else "a kernel"),
     ]
     if _compares_values():
-        for name, x in (("q", q), ("phi", heads), ("sink", sink)):
+        for name, x in {"q": q, **shared}.items():
             call.append((name, "values", None if x is None else f"those of sum {_checksum(x)}"))
     calls = _gather_objects(group, call)
     _raise_what_is_told(calls)
@@ -177,16 +181,18 @@ def _capacity(k_cache, block_table):
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-def _on_this_rank(group, arguments, block_table):
+def _on_this_rank(group, arguments, block_table, alibi_slopes):
     """The prepared arguments for this rank's keys alone: causal and window, which count positions
-    in the whole sequence, become bounds of the lengths and, for more than one query, a mask."""
+    in the whole sequence, become bounds of the lengths and, for more than one query, a mask; ALiBi,
+    which does too, becomes a mask."""
     q, k_cache, v_cache, mask, kv_start, seqlens_kv, scale, softcap, causal, left, right = arguments
     seqlen_q, capacity = q.shape[1], _capacity(k_cache, block_table)
     if causal:
         right = 0
     left, right = min(left, FARTHEST), min(right, FARTHEST)
-    if left < 0 and (right < 0 or (seqlen_q == 1 and causal != 2)):
-        return (*arguments[:8], 0, -1, -1)  # every query sees every key
+    every_key = left < 0 and (right < 0 or (seqlen_q == 1 and causal != 2))
+    if every_key and alibi_slopes is None:
+        return (*arguments[:8], 0, -1, -1)
 
     end = torch.full((len(q),), capacity, device=q.device)
     if seqlens_kv is not None:
@@ -202,9 +208,13 @@ def _on_this_rank(group, arguments, block_table):
     if left >= 0:
         start = torch.maximum(start, diagonal - left)
     start = torch.minimum(start, end)
-    if seqlen_q > 1:
+    if seqlen_q > 1 or alibi_slopes is not None:
         slot = torch.arange(capacity, device=q.device)
         position = (torch.arange(seqlen_q, device=q.device) + diagonal[:, None])[..., None]
+    if alibi_slopes is not None:
+        distance = (position - slot).abs().to(_ops.accumulator_dtype(q.dtype)).unsqueeze(1)
+        mask = _plus(mask, -alibi_slopes[..., None, None] * distance)
+    if seqlen_q > 1 and not every_key:
         visible = torch.ones(len(q), seqlen_q, capacity, dtype=torch.bool, device=q.device)
         if right >= 0:
             visible &= slot <= position + right
@@ -212,6 +222,13 @@ def _on_this_rank(group, arguments, block_table):
             visible &= slot >= position - left
         mask = _also(mask, visible.unsqueeze(1))
     return q, k_cache, v_cache, mask, start, end, scale, softcap, 0, -1, -1
+
+
+def _plus(mask, bias):
+    """An additive mask: `mask`, and the finite bias where it hides nothing."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
 def _also(mask, visible):

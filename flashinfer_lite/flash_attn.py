@@ -4,10 +4,12 @@
 
 Differences, all of them on purpose: a query row that sees no key has an lse of -inf (flash-attn:
 +inf) and the third result of ``return_attn_probs`` is always None, for there is no dropout mask to
-return. float32 works too, on the CPU also float64, and head_dim_v may differ from head_dim.
+return. float32 works too, on the CPU also float64, and head_dim_v may differ from head_dim. ALiBi
+under causal is the formula, where flash-attn adds slope * j: out is the same, but each row's lse is
+not, by slope times the row's position. Slopes that require grad are refused, not ignored.
 
-An argument is applied or refused: what has not landed (dropout, ALiBi, and on CUDA variable
-lengths) raises NotImplementedError with its name.
+An argument is applied or refused: what has not landed (dropout, and on CUDA variable lengths)
+raises NotImplementedError with its name.
 """
 
 import torch
@@ -44,7 +46,9 @@ def flash_attn_func(
         window_size: (left, right): query i sees keys from i + seqlen_kv - seqlen_q - left to
             i + seqlen_kv - seqlen_q + right, inclusive. -1 or None is open; None alone is (-1, -1).
         softcap: scores become softcap * tanh(scores / softcap); 0.0 is off.
-        alibi_slopes: must be None until ALiBi lands.
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q]: adds -slope |i + seqlen_kv -
+            seqlen_q - j| to the score of query i and key j, after the softcap. It may not require
+            grad.
         deterministic: the backward pass repeats bit for bit.
         return_attn_probs: also return the log-sum-exp, and None.
 
@@ -330,7 +334,8 @@ def flash_attn_with_kvcache(
         block_table: int32 or int64 [batch, pages], as in `flashinfer_lite.decode`.
         softmax_scale, causal, window_size, softcap: as in `flash_attn_func`.
         rotary_interleaved: pairs are 2i and 2i + 1; else i and i + rotary_dim / 2.
-        alibi_slopes: must be None until ALiBi lands.
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as in `flash_attn_func`, with
+            positions counted as for causal.
         num_splits: of the keys; 0 chooses.
         return_softmax_lse: also return the log-sum-exp.
 
@@ -347,7 +352,7 @@ def flash_attn_with_kvcache(
     torch.Size([2, 1, 4, 32])
     """
     _check.tensor("q", q)
-    _check.not_landed(alibi_slopes=alibi_slopes)  # before anything is written
+    _check.alibi_slopes(alibi_slopes, q, q.shape[0])  # before anything is written
     if (k is None) != (v is None):
         raise ValueError("v: expected k and v together, got only one of them")
     if k is None and rotary_cos is not None:

@@ -6,6 +6,7 @@ eager error that tolerances are made of.
 
     scores = softmax_scale * q k^T
     scores = softcap * tanh(scores / softcap)            if softcap
+    scores = scores - alibi_slope |position - key|       if there are slopes
     scores = scores + mask                               if the mask is additive
     scores = [scores, sink]                              if there is one: a column without a value
     out    = softmax(scores over the visible keys) v
@@ -65,17 +66,10 @@ def visible_keys(
             f"causal: expected False, True, 'bottom_right' or 'top_left', got {causal!r}"
         )
 
-    def column(lengths, default):  # [batch, 1, 1, 1], or a number for all sequences
-        if lengths is None:
-            return default
-        if lengths.shape != (batch_size,):
-            raise ValueError(f"lengths: expected shape [{batch_size}], got {list(lengths.shape)}")
-        return lengths.to(device=device, dtype=torch.int64).view(-1, 1, 1, 1)
-
-    begin, end = column(kv_start, 0), column(seqlens_kv, seqlen_kv)
+    begin = _column(batch_size, kv_start, 0, device)
+    end = _column(batch_size, seqlens_kv, seqlen_kv, device)
     key = torch.arange(seqlen_kv, device=device).view(1, 1, 1, -1)
-    pos = torch.arange(seqlen_q, device=device).view(1, 1, -1, 1)
-    pos = pos if causal == "top_left" else pos + (end - seqlen_q)
+    pos = _positions(batch_size, seqlen_q, seqlen_kv, causal, seqlens_kv, device)
     window_left, window_right = window
     visible = (key >= begin) & (key < end) & torch.ones_like(pos, dtype=torch.bool)
     if window_left >= 0:
@@ -85,6 +79,22 @@ def visible_keys(
     elif window_right >= 0:
         visible = visible & (key <= pos + window_right)
     return visible
+
+
+def _column(batch_size, lengths, default, device):
+    """[batch, 1, 1, 1], or a number for all sequences."""
+    if lengths is None:
+        return default
+    if lengths.shape != (batch_size,):
+        raise ValueError(f"lengths: expected shape [{batch_size}], got {list(lengths.shape)}")
+    return lengths.to(device=device, dtype=torch.int64).view(-1, 1, 1, 1)
+
+
+def _positions(batch_size, seqlen_q, seqlen_kv, causal, seqlens_kv, device):
+    """Where among the keys each row stands: int64 [batch or 1, 1, seqlen_q, 1]."""
+    row = torch.arange(seqlen_q, device=device).view(1, 1, -1, 1)
+    end = _column(batch_size, seqlens_kv, seqlen_kv, device)
+    return row if causal == "top_left" else row + (end - seqlen_q)
 
 
 def attention(
@@ -97,6 +107,7 @@ def attention(
     softmax_scale=None,
     softcap=None,
     mask=None,
+    alibi_slopes=None,
     sink=None,
     kv_start=None,
     seqlens_kv=None,
@@ -116,6 +127,8 @@ def attention(
         softcap: None, or a finite number > 0.
         mask: bool (True is visible) or additive, broadcastable from the right to [batch,
             num_heads_q, seqlen_q, seqlen_kv]. Exactly -inf hides a key.
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q]; the position of a row is that of
+            `visible_keys`.
         sink: [num_heads_q], a score that every row of a head has and that has no value; -inf is
             none, inf leaves nothing to the keys.
         kv_start, seqlens_kv: int [batch]; the visible slots are ``kv_start <= j < seqlens_kv``.
@@ -175,6 +188,15 @@ def attention(
     scores = _select_scores(q, k, visible) * softmax_scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if alibi_slopes is not None:
+        if alibi_slopes.shape not in ((num_heads_q,), (batch_size, num_heads_q)):
+            raise ValueError(
+                f"alibi_slopes: expected shape [{num_heads_q}] or [{batch_size}, {num_heads_q}], "
+                f"got {list(alibi_slopes.shape)}"
+            )
+        pos = _positions(batch_size, seqlen_q, seqlen_kv, causal, seqlens_kv, q.device)
+        distance = (pos - torch.arange(seqlen_kv, device=q.device)).abs()
+        scores = scores - alibi_slopes.to(dtype)[..., None, None] * distance.to(dtype)
     if bias is not None:
         scores = scores + torch.where(visible, bias, 0)
     if sink is not None:
@@ -206,6 +228,7 @@ def attention_varlen(
     max_seqlen_q=None,
     max_seqlen_kv=None,
     *,
+    alibi_slopes=None,
     kv_start=None,
     seqlens_kv=None,
     block_table=None,
@@ -224,6 +247,7 @@ def attention_varlen(
         kv_start, seqlens_kv: int [batch], counted from the sequence's first key.
         block_table: int [batch, pages]: k and v are pages as `gather_pages` takes them, and
             sequence b has the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of row b.
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q].
         arguments: causal, window, softmax_scale, softcap, sink as `attention` has them.
 
     Returns:
@@ -263,6 +287,7 @@ def attention_varlen(
             q[None, rows],
             k[None, keys],
             v[None, keys],
+            alibi_slopes=_of_sequence(alibi_slopes, b),
             kv_start=None if kv_start is None else kv_start[b : b + 1],
             seqlens_kv=None if seqlens_kv is None else seqlens_kv[b : b + 1],
             return_lse=True,
@@ -274,6 +299,14 @@ def attention_varlen(
     outs, lses = zip(*results, strict=True)
     out = torch.cat(outs)
     return (out, torch.cat(lses, 1)) if return_lse else out
+
+
+def _of_sequence(alibi_slopes, b):
+    return (
+        alibi_slopes[b : b + 1]
+        if alibi_slopes is not None and alibi_slopes.dim() == 2
+        else alibi_slopes
+    )
 
 
 def offsets(name, cu_seqlens, total, longest=None):

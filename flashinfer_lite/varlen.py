@@ -59,7 +59,9 @@ def attention_varlen(
             Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
-        alibi_slopes, dropout_p: not implemented yet, refused.
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`; a sequence's
+            positions are its own.
+        dropout_p: not implemented yet, refused.
         causal, window, softmax_scale, softcap, sink, softmax, phi, deterministic, batch_invariant,
             impl, return_lse: as `attention`, for each sequence.
 
@@ -74,7 +76,7 @@ def attention_varlen(
         TypeError, ValueError: naming the argument, what is expected and what came.
         RuntimeError: for values only the kernel reads (cu_seqlens_q, cu_seqlens_kv, kv_start,
             seqlens_kv, block_table), for a longest sequence beyond max_seqlen_q or max_seqlen_kv,
-            and for block_table with inputs that require grad.
+            for block_table with inputs that require grad, and for alibi_slopes that do.
         NotImplementedError: for arguments that have not landed, for CUDA tensors (no kernel yet),
             and for tensors that carry a tangent of forward-mode AD, which impl="reference" has.
 
@@ -109,7 +111,8 @@ def attention_varlen(
     )
     phi = _check.unified(softmax, phi, q)
     _check.sink(sink, q)
-    _check.not_landed(dropout_p, alibi_slopes=alibi_slopes)
+    _check.alibi_slopes(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
+    _check.not_landed(dropout_p)
     if block_table is not None:
         _check.no_grad("attention_varlen with block_table", q=q, k=k, v=v, sink=sink)
     if _check.impl(impl, q):
@@ -119,6 +122,7 @@ def attention_varlen(
             window=window,
             softmax_scale=softmax_scale,
             softcap=softcap,
+            alibi_slopes=alibi_slopes,
             sink=sink,
             kv_start=kv_start,
             seqlens_kv=seqlens_kv,
@@ -127,9 +131,11 @@ def attention_varlen(
         )
     else:
         _check.no_cuda_backward("attention_varlen_bwd", q, k, v)
-        _check.no_forward_ad("attention_varlen", "; impl='reference' has", q=q, k=k, v=v, sink=sink)
+        tensors = {"q": q, "k": k, "v": v, "sink": sink, "alibi_slopes": alibi_slopes}
+        _check.no_forward_ad("attention_varlen", "; impl='reference' has", **tensors)
         out, lse = _ops.attention_varlen_fwd(
-            *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table)
+            *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table),
+            alibi_slopes,
         )
         if sink is not None:
             out, lse = _fold_sink(out, lse, sink, cu_seqlens_q, return_lse)

@@ -31,11 +31,25 @@ struct AttentionArgs {
   int64_t window_left;
   int64_t window_right;
   const std::optional<Tensor>& block_table = kNoTensor;
+  const std::optional<Tensor>& alibi_slopes = kNoTensor;
   std::optional<int64_t> sequences = {};  // how many a ragged batch has; none: it is not ragged
 
   bool ragged() const { return sequences.has_value(); }
   int64_t batch_size() const { return ragged() ? *sequences : q.size(0); }
 };
+
+// [num_heads_q] or [batch, num_heads_q].
+inline AlibiView alibi_view(const Tensor& slopes, const AttentionArgs& a, int64_t num_heads_q) {
+  check_device("alibi_slopes", slopes, "q's", a.q);
+  check_dtype("alibi_slopes", slopes, ScalarType::Float);
+  const int64_t dims = slopes.dim();
+  const bool fits = (dims == 1 || (dims == 2 && slopes.size(0) == a.batch_size())) &&
+                    slopes.size(dims - 1) == num_heads_q;
+  check(fits, "alibi_slopes: expected shape [", num_heads_q, "] or [", a.batch_size(), ", ",
+        num_heads_q, "], got ", shape_text(slopes));
+  return {static_cast<const float*>(slopes.data_ptr()), dims == 2 ? slopes.stride(0) : 0,
+          slopes.stride(dims - 1)};
+}
 
 // The unified maximum of the softmax; neither is the online softmax.
 struct PhiArgs {
@@ -164,6 +178,7 @@ inline void set_scores(AttentionParams& p, const AttentionArgs& a) {
     check_device("mask", *a.mask, "q's", a.q);
     p.mask = mask_view(*a.mask, p);
   }
+  if (a.alibi_slopes) p.alibi = alibi_view(*a.alibi_slopes, a, p.num_heads_q);
   check(std::isfinite(a.softmax_scale), "softmax_scale: expected a finite number, got ",
         a.softmax_scale);
   check(std::isfinite(a.softcap) && a.softcap >= 0,

@@ -15,10 +15,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
     const std::optional<double>& phi, const std::optional<Tensor>& phi_heads,
-    bool /*deterministic*/) {
+    bool /*deterministic*/, const std::optional<Tensor>& alibi_slopes) {
   const AttentionArgs args{
-      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right};
+      q,       k,      v,           mask,         kv_start,  seqlens_kv,  softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes};
   AttentionFwdParams p;
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);
@@ -44,10 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
-    bool wants_dmask, bool /*deterministic*/) {
+    bool wants_dmask, bool /*deterministic*/, const std::optional<Tensor>& alibi_slopes) {
   const AttentionArgs args{
-      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right};
+      q,       k,      v,           mask,         kv_start,  seqlens_kv,  softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes};
   AttentionBwdParams p;
   Lengths lengths;
   set_params(p, args, DeviceType::CPU);

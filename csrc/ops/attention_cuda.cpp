@@ -11,10 +11,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
     const std::optional<double>& phi, const std::optional<Tensor>& phi_heads,
-    bool /*deterministic*/) {
+    bool /*deterministic*/, const std::optional<Tensor>& alibi_slopes) {
   CudaAttentionParams p;
   set_cuda_params(p, {q, k, v, mask, kv_start, seqlens_kv, softmax_scale, softcap, causal,
-                      window_left, window_right});
+                      window_left, window_right, kNoTensor, alibi_slopes});
   set_softmax(p, {phi, phi_heads}, q);
   Outputs outputs = new_outputs(q, p);
   set_outputs(p, outputs);
@@ -47,10 +47,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& kv_start, const std::optional<Tensor>& seqlens_kv,
     double softmax_scale, double softcap, int64_t causal, int64_t window_left, int64_t window_right,
-    bool wants_dmask, bool deterministic) {
+    bool wants_dmask, bool deterministic, const std::optional<Tensor>& alibi_slopes) {
   const AttentionArgs args{
-      q,       k,      v,           mask,        kv_start, seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right};
+      q,       k,      v,           mask,         kv_start,  seqlens_kv,  softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes};
   CudaAttentionBwdParams p;
   set_cuda_params(p, args);
   set_results(p, {dout, dlse, out, lse}, args);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     int64_t /*causal*/, int64_t /*window_left*/, int64_t /*window_right*/,
     std::optional<int64_t> /*max_seqlen_q*/, std::optional<int64_t> /*max_seqlen_kv*/,
     const std::optional<double>& /*phi*/, const std::optional<Tensor>& /*phi_heads*/,
-    const std::optional<Tensor>& /*block_table*/) {
+    const std::optional<Tensor>& /*block_table*/, const std::optional<Tensor>& /*alibi_slopes*/) {
   fail("attention_varlen_fwd: no CUDA kernel yet; impl='reference' runs on CUDA tensors");
 }
 
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& /*cu_seqlens_q*/, const Tensor& /*cu_seqlens_kv*/,
     const std::optional<Tensor>& /*kv_start*/, const std::optional<Tensor>& /*seqlens_kv*/,
     double /*softmax_scale*/, double /*softcap*/, int64_t /*causal*/, int64_t /*window_left*/,
-    int64_t /*window_right*/) {
+    int64_t /*window_right*/, const std::optional<Tensor>& /*alibi_slopes*/) {
   fail(
       "attention_varlen_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or train "
       "on the CPU");

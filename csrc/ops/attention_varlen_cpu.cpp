@@ -36,6 +36,7 @@ void move_to_sequence(AttentionParams& p, const Ragged& ragged, int64_t b, int64
     move_to(p.k, ragged.kv[b], element_size);
     move_to(p.v, ragged.kv[b], element_size);
   }
+  p.alibi.slopes += b * p.alibi.batch;
   const Lengths& lengths = ragged.lengths;
   if (!lengths.kv_start.empty()) p.kv_start = &lengths.kv_start[b];
   if (!lengths.seqlens_kv.empty()) p.seqlens_kv = &lengths.seqlens_kv[b];
@@ -103,12 +104,13 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
     int64_t window_left, int64_t window_right, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_kv, const std::optional<double>& phi,
-    const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table) {
+    const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table,
+    const std::optional<Tensor>& alibi_slopes) {
   const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv};
   const int64_t batch_size = check_ragged(ragged_args, q);
   const AttentionArgs args{
-      q,       k,      v,           kNoTensor,    kv_start,    seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, block_table, batch_size};
+      q,       k,      v,           kNoTensor,    kv_start,    seqlens_kv,   softmax_scale,
+      softcap, causal, window_left, window_right, block_table, alibi_slopes, batch_size};
   AttentionFwdParams whole;
   set_params(whole, args, DeviceType::CPU);
   set_softmax(whole, {phi, phi_heads}, q);
@@ -142,12 +144,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_kv, const std::optional<Tensor>& kv_start,
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
-    int64_t window_left, int64_t window_right) {
+    int64_t window_left, int64_t window_right, const std::optional<Tensor>& alibi_slopes) {
   const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, {}, {}};
   const int64_t batch_size = check_ragged(ragged_args, q);
   const AttentionArgs args{
-      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, kNoTensor, batch_size};
+      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv,   softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes, batch_size};
   AttentionBwdParams whole;
   set_params(whole, args, DeviceType::CPU);
   set_results(whole, {dout, dlse, out, lse}, args);

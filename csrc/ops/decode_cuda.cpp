@@ -57,18 +57,16 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   }
 }
 
-std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                  const std::optional<Tensor>& mask,
-                                  const std::optional<Tensor>& kv_start,
-                                  const std::optional<Tensor>& seqlens_kv, double softmax_scale,
-                                  double softcap, int64_t causal, int64_t window_left,
-                                  int64_t window_right, int64_t kv_splits, bool batch_invariant,
-                                  const std::optional<double>& phi,
-                                  const std::optional<Tensor>& phi_heads,
-                                  const std::optional<Tensor>& block_table) {
-  const AttentionArgs args{q,        k_cache,     v_cache,       mask,
-                           kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right,  block_table};
+std::tuple<Tensor, Tensor> decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& kv_start,
+    const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
+    int64_t window_left, int64_t window_right, int64_t kv_splits, bool batch_invariant,
+    const std::optional<double>& phi, const std::optional<Tensor>& phi_heads,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& alibi_slopes) {
+  const AttentionArgs args{
+      q,       k_cache, v_cache,     mask,         kv_start,    seqlens_kv,  softmax_scale,
+      softcap, causal,  window_left, window_right, block_table, alibi_slopes};
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);
@@ -82,10 +80,11 @@ void decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                 const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap,
                 int64_t causal, int64_t window_left, int64_t window_right, int64_t kv_splits,
                 bool batch_invariant, Tensor out, Tensor lse, const std::optional<double>& phi,
-                const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table) {
-  const AttentionArgs args{q,        k_cache,     v_cache,       mask,
-                           kv_start, seqlens_kv,  softmax_scale, softcap,
-                           causal,   window_left, window_right,  block_table};
+                const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table,
+                const std::optional<Tensor>& alibi_slopes) {
+  const AttentionArgs args{
+      q,       k_cache, v_cache,     mask,         kv_start,    seqlens_kv,  softmax_scale,
+      softcap, causal,  window_left, window_right, block_table, alibi_slopes};
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);

@@ -20,8 +20,8 @@ def check_forward(op, q, k, v, *, strict=False, **arguments):
         op: a function like `flashinfer_lite.attention`, or `attention_varlen`, whose tensors have
             no batch dimension; bind what the oracle does not know first.
         strict: hold it to the strict rule too.
-        arguments: causal, window, softmax_scale, softcap, mask, sink, kv_start, seqlens_kv; of a
-            ragged batch cu_seqlens_q and cu_seqlens_kv.
+        arguments: causal, window, softmax_scale, softcap, mask, alibi_slopes, sink, kv_start,
+            seqlens_kv; of a ragged batch cu_seqlens_q and cu_seqlens_kv.
 
     Returns:
         (out, lse) of the op.

@@ -32,6 +32,14 @@ struct MaskView {
   int64_t col = 0;
 };
 
+// ALiBi: score -= slope |position - key|, after scale and softcap, with the row at the position
+// that Visibility gives it. Strides count elements.
+struct AlibiView {
+  const float* slopes = nullptr;  // [batch, num_heads_q], the batch broadcast by stride 0; or null
+  int64_t batch = 0;
+  int64_t head = 0;
+};
+
 enum class Alignment : uint8_t { kBottomRight, kTopLeft };
 
 struct AttentionParams {
@@ -49,6 +57,7 @@ struct AttentionParams {
   // ragged batch has its heads as far apart as the batch has queries.
   int64_t lse_batch = 0, lse_head = 0;
   MaskView mask;
+  AlibiView alibi;
   const int64_t* kv_start = nullptr;    // [batch] or null: first visible slot
   const int64_t* seqlens_kv = nullptr;  // [batch] or null: one past the last visible slot
   Alignment alignment = Alignment::kBottomRight;

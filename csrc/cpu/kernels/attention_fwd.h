@@ -7,7 +7,7 @@
 // share a KV head, so each key is read once per group; its keys are the row block's visible range
 // within the split. Keys stream in blocks:
 //
-//   S = q k^T -> finish_scores (scale, softcap, mask, range) -> online softmax -> acc_o += P v
+//   S = q k^T -> finish_scores (scale, softcap, ALiBi, mask, range) -> softmax -> acc_o += P v
 //
 // Many rows: K is packed transposed and V in panels, one block each, and tile_gemm multiplies.
 // Few rows (decode): tile_dot and tile_gemm_direct read K and V in place, once, in steps of

@@ -136,6 +136,27 @@ FIL_INLINE void load_mask_row(const MaskView& m, int64_t batch, const Row& row,
   }
 }
 
+// s[padded] -= slope |position - key|, in units of log2.
+template <class Acc>
+FIL_INLINE void add_alibi(Acc slope_log2, int64_t position, const KeyBlock& keys, int64_t padded,
+                          Acc* s) {
+  constexpr int width = kWidth<Acc>;
+  if (keys.apart > 1) {
+    for (int64_t c = 0; c < keys.count; ++c) {
+      const int64_t ahead = position - keys.at(c);
+      s[c] -= slope_log2 * Acc(ahead < 0 ? -ahead : ahead);
+    }
+    return;
+  }
+  Vector<Acc> lanes;
+  for (int i = 0; i < width; ++i) lanes[i] = Acc(i);
+  for (int64_t c = 0; c < padded; c += width) {
+    // Of integers: what is near is exact, and what is far is rounded once or twice.
+    const Vector<Acc> ahead = Acc(position - keys.first - c) - lanes;
+    store<Acc>(s + c, load(s + c) - slope_log2 * max(ahead, -ahead));
+  }
+}
+
 // Turns raw products q.k of one row into scores in log2 units, -inf where the key is hidden and
 // behind the last key up to a whole vector. `bias` holds the row of the mask and is refilled unless
 // `bias_is_loaded`. `softcap_slope`, if not null, receives d(capped score) / d(scaled product).
@@ -159,6 +180,12 @@ FIL_INLINE bool finish_scores(const AttentionParams& p, int64_t batch, const Row
   } else {
     const Acc scale_log2 = Acc(p.softmax_scale * kLog2e);
     for (int64_t c = 0; c < padded; c += width) store<Acc>(s + c, load(s + c) * scale_log2);
+  }
+
+  if (p.alibi.slopes != nullptr) {
+    const float slope = p.alibi.slopes[batch * p.alibi.batch + row.head * p.alibi.head];
+    const int64_t position = row.query + p.visibility(batch).diagonal;
+    add_alibi(Acc(slope * kLog2e), position, keys, padded, s);
   }
 
   if (p.mask.type != MaskType::kNone) {

@@ -79,7 +79,8 @@ FIL_INLINE bool row_probabilities(const AttentionFwdParams& p, int64_t batch, co
   // Most rows see a block from its first key on and change their scores by the scale alone, which
   // needs no pass of its own. A scale that turned their order would.
   const bool from_first = visible.begin <= keys.first && visible.end > keys.first;
-  const bool plain = p.softcap == 0 && p.mask.type == MaskType::kNone && p.softmax_scale > 0 &&
+  const bool plain = p.softcap == 0 && p.alibi.slopes == nullptr &&
+                     p.mask.type == MaskType::kNone && p.softmax_scale > 0 &&
                      (keys.apart == 1 ? from_first : keys.within(visible));
   bool hides;
   Acc scale = 1;

@@ -171,7 +171,7 @@ FIL_INLINE void round_pair(const TileBlock& b, const KeyBlock& keys, const RowPa
   }
 }
 
-// Masks and softcap, in place; rows behind the last become zero.
+// Masks, ALiBi and softcap, in place; rows behind the last become zero.
 FIL_INLINE void finish_pair(const TileBlock& b, const KeyBlock& keys, int64_t row, bool first_row,
                             const RowPair& pair) {
   const bool mask_is_shared = b.p.mask.row == 0 && b.p.mask.head == 0;
@@ -193,7 +193,8 @@ FIL_INLINE void round_chunk(const TileBlock& b, const Chunk& chunk, float* produ
   const TileBackwardScratch& t = b.t;
   const KeyBlock keys = chunk.keys(b);
   const int64_t steps = queue.steps();
-  const bool in_rows = b.p.softcap > 0 || b.p.mask.type != MaskType::kNone;
+  const bool in_rows =
+      b.p.softcap > 0 || b.p.alibi.slopes != nullptr || b.p.mask.type != MaskType::kNone;
   for (int64_t r = 0; r < kMatrixRows; r += 2) {
     while (queue.steps() > 0 && (steps - queue.steps()) * kMatrixRows <= r * steps) queue.step();
     const int64_t row = chunk.row + r, at = chunk.key * b.depth + row * kAmxRows;
