@@ -99,6 +99,7 @@ def counted(run):
 
 def features(seqlen_q, keys):
     bias = make_mask("additive_inf", (4, seqlen_q, keys))
+    slopes = torch.tensor([0.5, 2.0**-4, 0.0, -0.03])
     return {
         "plain": {},
         "causal": {"causal": True},
@@ -120,6 +121,18 @@ def features(seqlen_q, keys):
         "bias": {"mask": bias, "causal": True},
         "one_column": {"mask": make_mask("additive", (4, seqlen_q, 1))},
         "sink": {"sink": torch.tensor([-4.0, 0.5, 3.0, -INF]), "window": (30, 0)},
+        "alibi": {"alibi_slopes": slopes},
+        "alibi_seqlens": {
+            "alibi_slopes": torch.stack([slopes, slopes / 2, -slopes]),
+            "seqlens_kv": torch.tensor([keys, 0, keys // 4]),
+            "causal": True,
+        },
+        "alibi_bool": {
+            "alibi_slopes": slopes,
+            "mask": make_mask("bool", (3, 1, seqlen_q, keys)),
+            "causal": "top_left",
+        },
+        "alibi_bias": {"alibi_slopes": slopes, "mask": bias},
     }
 
 
@@ -156,12 +169,14 @@ def gathers_lengths_only_where_positions_count():
         ({"causal": True}, 1),
         ({"window": (5, 0)}, 1),
         ({"window": (-1, 4)}, 1),
+        ({"alibi_slopes": torch.ones(4)}, 1),
     ):
         local = options | {"process_group": world()}
         _, merges = counted(lambda: decode(q, k, v, **local))  # noqa: B023
         assert merges == (0, 1 + lengths), options
         _, merges = counted(lambda: decode(q[:, :1], k, v, **local))  # noqa: B023
-        assert merges == (0, 1 + (options == {"window": (5, 0)})), options
+        always = "alibi_slopes" in options or options == {"window": (5, 0)}
+        assert merges == (0, 1 + always), options
 
 
 @case()

@@ -32,6 +32,10 @@ DISAGREEMENTS = {
     "window": ({"window": (1, -1)}, r"^window: .*got \(-1, -1\) on rank 0 and \(1, -1\) on rank"),
     "softmax": ({"softmax": "unified"}, "^softmax: .*got online on rank 0 and unified on rank"),
     "sink": ({"sink": torch.ones(4)}, "^sink: .*got None on rank 0 and a tensor on rank"),
+    "alibi_slopes": (
+        {"alibi_slopes": torch.ones(4)},
+        "^alibi_slopes: .*got None on rank 0 and a tensor on rank",
+    ),
     "impl": ({"impl": "reference"}, "^impl: .*got a kernel on rank 0 and reference on rank"),
     "batch_invariant": ({"batch_invariant": True}, "^batch_invariant: .*got False .* and True on"),
 }
@@ -67,6 +71,7 @@ def other_values_are_found_on_demand():
     rank = float(dist.get_rank())
     base = torch.ones(2, 3, 4, 16)
     given = {"q": base, "phi": torch.zeros(4), "sink": torch.ones(4)}
+    given["alibi_slopes"] = torch.ones(4)
     with mock.patch.dict(os.environ, FLASHINFER_LITE_CHECK="1"):
         call(given)
         for name, x in given.items():

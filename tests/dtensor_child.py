@@ -49,6 +49,8 @@ def options_for(keys, *, batch_size=4, heads=8, seqlen_q=5):
         "bias_row": {"mask": make_mask("additive", (keys,))},
         "sink": {"sink": torch.randn(heads), "causal": True},
         "phi": {"phi": torch.linspace(-5.0, -90.0, heads), "sink": torch.randn(heads).bfloat16()},
+        "alibi": {"alibi_slopes": torch.rand(heads), "causal": True},
+        "alibi_batch": {"alibi_slopes": torch.rand(batch_size, heads)},
     }
 
 
@@ -75,8 +77,9 @@ def compare(
     for x in floating:
         if train and x.is_floating_point():
             x.requires_grad_()
-    if "phi" in options:
-        options["phi"].requires_grad_(False)
+    for name in ("phi", "alibi_slopes"):
+        if name in options:
+            options[name].requires_grad_(False)
     grads = None
     if train:
         out, lse = op(*(t.detach() for t in tensors), return_lse=True)
@@ -116,6 +119,7 @@ def placed(options, cut):
         "mask": {BATCH: -4, HEADS: -3},
         "sink": {HEADS: 0},
         "phi": {HEADS: 0},
+        "alibi_slopes": {BATCH: -2, HEADS: -1},
         "kv_start": {BATCH: 0},
         "seqlens_kv": {BATCH: 0},
     }
@@ -353,6 +357,7 @@ def refusals():
     more = {
         "mask": torch.ones(20).bool(),
         "sink": torch.ones(8),
+        "alibi_slopes": torch.ones(8),
         "kv_start": torch.zeros(4).int(),
         "seqlens_kv": torch.ones(4).int(),
         "phi": torch.zeros(8),

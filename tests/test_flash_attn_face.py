@@ -11,6 +11,7 @@ from flashinfer_lite import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
     reference,
 )
 from flashinfer_lite.testing import (
@@ -81,12 +82,41 @@ def test_meaning(device, theirs, ours, seqlens):
     assert_same_bits(flash_attn_func(q, k, v, **theirs), out)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlens", [(9, 13), (13, 9), (1, 7)], ids=str)
+def test_alibi(device, seqlens, causal):
+    """slopes [heads] or [batch, heads] times the distance from i + seqlen_kv - seqlen_q."""
+    q, k, v = qkv(device, *seqlens)
+    row = torch.arange(seqlens[0], device=device)[:, None] + seqlens[1] - seqlens[0]
+    distance = (row - torch.arange(seqlens[1], device=device)).abs()
+    for slopes in (torch.rand(4, device=device), torch.rand(2, 4, device=device)):
+
+        def with_slopes(q, k, v, return_lse, **_):
+            options = {"alibi_slopes": slopes, "causal": causal, "softcap": 3.0}  # noqa: B023
+            out, lse, _ = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+            packed = flash_attn_kvpacked_func(q, torch.stack([k, v], 2), **options)
+            assert_same_bits(packed, out)
+            offsets, longest = (cu(len(q), n, device) for n in seqlens), seqlens
+            flat = (x.flatten(0, 1) for x in (q, k, v))
+            if device.type == "cpu":
+                ragged = flash_attn_varlen_func(*flat, *offsets, *longest, **options)
+                assert_same_bits(ragged, out.flatten(0, 1))
+            return out, lse
+
+        mask = -slopes[..., None, None] * distance
+        check_forward(with_slopes, q, k, v, mask=mask, causal=causal, softcap=3.0)
+
+
+def cu(batch_size, seqlen, device):
+    return torch.arange(batch_size + 1, device=device, dtype=torch.int32) * seqlen
+
+
 def test_positional_arguments(device):
     q, k, v = qkv(device)
-    got = flash_attn_func(q, k, v, 0.0, 0.3, True, (5, 0), 4.0, None, True, True)
-    expected = attention(
-        q, k, v, softmax_scale=0.3, causal=True, window=(5, 0), softcap=4.0, return_lse=True
-    )
+    slopes = torch.rand(4, device=device)
+    got = flash_attn_func(q, k, v, 0.0, 0.3, True, (5, 0), 4.0, slopes, True, True)
+    scores = {"softmax_scale": 0.3, "causal": True, "window": (5, 0), "softcap": 4.0}
+    expected = attention(q, k, v, alibi_slopes=slopes, **scores, return_lse=True)
     assert_same_bits(got[0], expected[0])
     assert_same_bits(got[1], expected[1])
     assert got[2] is None
@@ -128,7 +158,7 @@ def test_gradient_through_lse(device):
     "arguments, error, message",
     [
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p"),
-        ({"alibi_slopes": torch.ones(4)}, NotImplementedError, "alibi_slopes"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes: expected shape"),
         ({"softcap": -1.0}, ValueError, "softcap: "),
         ({"softcap": float("inf")}, ValueError, "softcap: "),
         ({"softcap": float("nan")}, ValueError, "softcap: "),

@@ -381,6 +381,25 @@ def test_phi(device, op, phi):
         run(op, base(op, device) | phi)
 
 
+HOSTILE_SLOPES = [
+    torch.zeros(()),
+    torch.zeros(3),
+    torch.zeros(1, 4),
+    torch.zeros(2, 3),
+    torch.zeros(2, 4, 1),
+    torch.zeros(4, dtype=torch.float64),
+    torch.zeros(4, dtype=torch.int32),
+    torch.zeros(4, device="meta"),
+]
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd", *RAGGED, "decode", "decode.out"])
+@pytest.mark.parametrize("slopes", HOSTILE_SLOPES, ids=str)
+def test_alibi_slopes(device, op, slopes):
+    with pytest.raises(ERRORS, match="alibi_slopes|device"):
+        run(op, base(op, device) | {"alibi_slopes": on_device(slopes, device)})
+
+
 @pytest.mark.parametrize("op", ["attention_fwd", "attention_varlen_fwd", "decode", "decode.out"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
 def test_phi_of_any_value_changes_nothing(device, op, value):

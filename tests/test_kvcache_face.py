@@ -175,6 +175,17 @@ def test_leftpad_and_splits(device, isa, page_size):
         problem.check(got, causal=True, kv_start=pad)
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_alibi(device, isa, page_size):
+    """Positions count to the end of each sequence, new tokens included; padding moves none."""
+    problem = Problem(device, torch.float32, page_size=page_size)
+    pad = torch.tensor([11, 0, 33], dtype=torch.int32, device=device)
+    for slopes in (torch.rand(HEADS_Q), torch.rand(BATCH, HEADS_Q)):
+        options = {"causal": True, "alibi_slopes": slopes.to(device)}
+        got = call(problem, cache_leftpad=pad, num_splits=3, **options)
+        problem.check(got, kv_start=pad, **options)
+
+
 def test_lengths_by_number_and_by_default(device, isa):
     problem = Problem(device, torch.float32)
     problem.used = torch.full_like(problem.used, 40)
@@ -221,9 +232,9 @@ def test_arguments(device):
             "cache_batch_idx: expected None with block_table",
         ),
         (
-            {"k": k, "v": v, "cache_seqlens": 3, "alibi_slopes": index.float()},
-            NotImplementedError,
-            "alibi_slopes: not implemented yet",
+            {"k": k, "v": v, "cache_seqlens": 3, "alibi_slopes": index.float()[:1]},
+            ValueError,
+            "alibi_slopes: expected shape",
         ),
     ):
         with pytest.raises(error, match=f"^{message}"):

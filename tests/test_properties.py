@@ -61,6 +61,8 @@ def problems(draw, max_seqlen=80, decoding=False):
     heads = shape["num_heads_q"]
     sink = draw(st.one_of(st.none(), st.lists(scores, min_size=heads, max_size=heads)))
     sink_dtype = draw(DTYPES)
+    slope = st.sampled_from([0.0, 2.0**-8, 0.5, -0.1])
+    slopes = draw(st.one_of(st.none(), st.lists(slope, min_size=heads, max_size=heads)))
 
     def make(device):
         assume(device.type == "cpu" or shape["dtype"] != torch.float64)  # refused by name on CUDA
@@ -73,10 +75,12 @@ def problems(draw, max_seqlen=80, decoding=False):
             arguments["mask"] = make_mask(kind, mask_shape, dtype=mask_dtype, device=device)
         if sink is not None:
             arguments["sink"] = torch.tensor(sink, dtype=sink_dtype, device=device)
+        if slopes is not None:
+            arguments["alibi_slopes"] = torch.tensor(slopes, device=device)
         return q, k, v, dict(arguments)
 
     make.__qualname__ = make.__name__ = (
-        f"{shape} {arguments} {ends} {starts} {kind} {mask_shape} {seed} {sink}"
+        f"{shape} {arguments} {ends} {starts} {kind} {mask_shape} {seed} {sink} {slopes}"
     )
     return make
 

@@ -22,7 +22,7 @@ OPS = {
     "decode": ("Tensor q, Tensor k_cache, Tensor v_cache", False),
     "decode.out": (
         "Tensor(a!) out, Tensor(b!) lse, float? phi=None, Tensor? phi_heads=None, "
-        "Tensor? block_table=None) -> ()",
+        "Tensor? block_table=None, Tensor? alibi_slopes=None) -> ()",
         False,
     ),
     "merge_states": ("Tensor outs, Tensor lses", True),
