@@ -137,8 +137,8 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
   p.rows = static_cast<int32_t>(p.rows_per_kv_head());
   // float32 too: there a row of one key must give exactly its value, which a scale inside the
   // exponential does not.
-  p.scale_first =
-      size == 4 || p.softcap != 0 || p.mask.type != MaskType::kNone || !(p.softmax_scale > 0);
+  p.scale_first = size == 4 || p.softcap != 0 || p.alibi.slopes != nullptr ||
+                  p.mask.type != MaskType::kNone || !(p.softmax_scale > 0);
   p.vector_q = rows_are_aligned(p.q, p.batch_size, p.num_heads_q, size);
   const bool paged = p.device_block_table.data != nullptr;
   const int64_t outer = paged ? p.block_table.num_pages : p.batch_size;

@@ -107,6 +107,10 @@ void bind_attention_params(py::module_& m) {
       .def_readonly("kv_splits", &P::kv_splits)
       .def("set_top_left", [](P& p) { p.alignment = Alignment::kTopLeft; })
       .def("set_mask", [](P& p, const MaskTuple& x) { p.mask = mask_view(x); })
+      .def("set_alibi",
+           [](P& p, uintptr_t address, int64_t batch, int64_t head) {
+             p.alibi = {reinterpret_cast<const float*>(address), batch, head};
+           })
       .def("set_kv_start", [](P& p, const LengthsTuple& x) { p.device_kv_start = lengths_view(x); })
       .def("set_seqlens_kv",
            [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); })

@@ -321,6 +321,7 @@ class _Call:
         softmax_scale=None,
         softcap=None,
         mask=None,
+        alibi_slopes=None,
         kv_start=None,
         seqlens_kv=None,
     ):
@@ -339,6 +340,10 @@ class _Call:
             x = self._placed("mask", mask)
             steps = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
             p.set_mask((x.data_ptr(), str(x.dtype)[6:], *steps))
+        if alibi_slopes is not None:
+            _check.alibi_slopes(alibi_slopes, q, q.shape[0])
+            x = self.memory.copy_of("alibi_slopes", alibi_slopes)
+            p.set_alibi(x.data_ptr(), *x.stride() if x.dim() == 2 else (0, x.stride(0)))
         for name, setter in (("kv_start", p.set_kv_start), ("seqlens_kv", p.set_seqlens_kv)):
             x = {"kv_start": kv_start, "seqlens_kv": seqlens_kv}[name]
             if x is not None:

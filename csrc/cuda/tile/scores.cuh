@@ -1,5 +1,5 @@
-// From q k^T to masked scores: lengths, causal, window, softcap, mask. Masking is by select with a
-// true -inf, so what a hidden key or its mask holds never matters.
+// From q k^T to masked scores: lengths, causal, window, softcap, ALiBi, mask. Masking is by select
+// with a true -inf, so what a hidden key or its mask holds never matters.
 //
 // Params is what common/params calls CudaAttentionParams; tiles know it by its members alone.
 #pragma once
@@ -189,6 +189,39 @@ __device__ __forceinline__ void scale_or_cap(float (&s)[kM][kTiles][4], const Pa
   }
 }
 
+// ALiBi, if there is any, on scores in units of log2.
+template <class Params, int kM, int kTiles>
+__device__ __forceinline__ void add_alibi(float (&s)[kM][kTiles][4], const Params& p,
+                                          const PackedRows& rows, const KeySlots& slots,
+                                          const ScoreOrigin& at, int lane) {
+  if (p.alibi.slopes == nullptr) return;
+  // Opaque: what follows from these is not kept in registers from one block of keys to the next.
+  lane = arch::opaque(lane);
+  const int batch_idx = arch::opaque(at.batch_idx);
+  const KeySlots seen{slots.begin, arch::opaque(slots.end)};
+  const auto diagonal = static_cast<int>(seen.visibility(p).diagonal);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A row behind the last one has a head all the same.
+      const Row row = rows[at.row + m * 16 + half * 8 + lane / 4];
+      const int64_t offset = batch_idx * p.alibi.batch + row.head * p.alibi.head;
+      const float slope = arch::ldg(p.alibi.slopes + offset) * static_cast<float>(kLog2E);
+      // Of integers: what is near is exact, and what is far is rounded once or twice.
+      const auto ahead = static_cast<float>(row.query + diagonal - at.key - lane % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = s[m][n][2 * half + e];
+          score = fmaf(-slope, fabsf(ahead - static_cast<float>(n * 8 + e)), score);
+        }
+      }
+    }
+  }
+}
+
 // The mask, if there is one, on scores in units of log2.
 template <class Params, int kM, int kTiles>
 __device__ __forceinline__ void add_mask_rows(float (&s)[kM][kTiles][4], const Params& p,
@@ -206,13 +239,22 @@ __device__ __forceinline__ void add_mask_rows(float (&s)[kM][kTiles][4], const P
   }
 }
 
-// Scale, softcap and mask, in units of log2.
+// What is added to scaled and capped scores, in units of log2.
+template <class Params, int kM, int kTiles>
+__device__ __forceinline__ void add_biases(float (&s)[kM][kTiles][4], const Params& p,
+                                           const PackedRows& rows, const KeySlots& slots,
+                                           const ScoreOrigin& at, int lane) {
+  add_alibi(s, p, rows, slots, at, lane);
+  add_mask_rows(s, p, rows, slots, at, lane);
+}
+
+// Scale, softcap, ALiBi and mask, in units of log2.
 template <class Params, int kM, int kTiles>
 __device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Params& p,
                                              const PackedRows& rows, const KeySlots& slots,
                                              const ScoreOrigin& at, int lane) {
   scale_or_cap(s, p);
-  add_mask_rows(s, p, rows, slots, at, lane);
+  add_biases(s, p, rows, slots, at, lane);
 }
 
 // Hidden scores become -inf: by length, causal and window.

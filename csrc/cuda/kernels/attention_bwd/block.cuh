@@ -185,7 +185,7 @@ __device__ __forceinline__ void score_gradients(float (&s)[kM][kTiles][4],
                                                 bool wants_slope, int lane) {
   const Params& p = h.p;
   if (kMasked && p.scale_first) tile::scale_or_cap(s, p);
-  // tanh of the capped score, which the mask would hide.
+  // tanh of the capped score, which a bias would hide.
   const bool sloped = kMasked && wants_slope && p.softcap != 0;
   const float to_tanh = sloped ? 1.f / p.from_cap : 0.f;
 #pragma unroll
@@ -208,7 +208,7 @@ __device__ __forceinline__ void score_gradients(float (&s)[kM][kTiles][4],
     }
   }
   if (kMasked) {
-    if (p.scale_first) tile::add_mask_rows(s, p, h.rows, slots, at, lane);
+    if (p.scale_first) tile::add_biases(s, p, h.rows, slots, at, lane);
     tile::hide_scores(s, p, h.rows, slots, at, lane);
   }
   const float scale = p.scale_first ? 1.f : p.scale_log2;
