@@ -34,6 +34,7 @@ ATTENTION = (
     *("top left q<kv", "top left q=kv", "top left q>kv", "window"),
     *("bool mask", "additive mask", "-inf in mask", "mask broadcast"),
     *("kv_start", "seqlens int32", "seqlens int64", "softcap", "softcap saturated", "scale <= 0"),
+    *("alibi", "alibi by sequence"),
     *("group 1", "group 4", "group 7", "head_dim below row", "head_dim_v differs"),
     *("fused views", "transposed", "stride 0", "misaligned"),
     *("rows 1", "rows tile-1", "rows tile", "rows tile+1"),
@@ -124,7 +125,9 @@ def _masks(q, k, causal=False, window=(-1, -1), mask=None, kv_start=None, seqlen
         yield "all keys"
 
 
-def _scores(q, k, softmax_scale=None, softcap=None, **_):
+def _scores(q, k, softmax_scale=None, softcap=None, alibi_slopes=None, **_):
+    if alibi_slopes is not None:
+        yield "alibi" if alibi_slopes.dim() == 1 else "alibi by sequence"
     if softmax_scale is not None and softmax_scale <= 0:
         yield "scale <= 0"
     if softcap:

@@ -182,6 +182,21 @@ REFUSALS = {
         {"phi_heads": torch.zeros(3)},
         "phi_heads: expected shape [4], got [3]",
     ),
+    "alibi": (
+        "attention_fwd",
+        {"alibi_slopes": torch.zeros(3)},
+        "alibi_slopes: expected shape [4] or [2, 4], got [3]",
+    ),
+    "alibi backward": (
+        "attention_bwd",
+        {"alibi_slopes": torch.zeros(2, 4).double()},
+        "alibi_slopes: expected dtype float32, got float64",
+    ),
+    "device of alibi_slopes": (
+        "decode",
+        {"alibi_slopes": on_cuda_1(4)},
+        "alibi_slopes: expected q's device cuda:0, got cuda:1",
+    ),
     "flat_linear": (
         "flat_linear",
         {"x": torch.zeros(5, 16), "kernel": "gemv"},
@@ -227,6 +242,7 @@ def arguments_of(schema, changes):
         "phi": None,
         "phi_heads": None,
         "block_table": None,
+        "alibi_slopes": None,
         "cu_seqlens_q": torch.tensor([0, 2, 3]),
         "cu_seqlens_kv": torch.tensor([0, 3, 7]),
         "max_seqlen_q": None,

@@ -41,6 +41,8 @@ FEATURES = {
     "window": lambda: {"window": (9, 2)},
     "scale": lambda: {"softmax_scale": 0.3},
     "softcap": lambda: {"softcap": 4.0, "causal": True},
+    "alibi": lambda: {"alibi_slopes": torch.rand(4)},
+    "alibi_by_sequence": lambda: {"alibi_slopes": torch.rand(4, 2).T, "causal": True},
     "mask_bool": lambda: {"mask": make_mask("bool", (2, 1, 5, 70))},
     "mask_by_head": lambda: {"mask": make_mask("additive_inf", (4, 1, 70), dtype=torch.bfloat16)},
     "int32_lengths": lambda: {"seqlens_kv": torch.tensor([70, 23], dtype=INT), "causal": True},

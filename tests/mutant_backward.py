@@ -127,6 +127,7 @@ def backward_cases():
         ("bias", (35, 4), (150, 2), (), {"mask": torch.float32, "softmax_scale": -0.2}, ()),
         ("capped bias", (35, 2), (70, 2), (), {"mask": torch.float32, "softcap": 2.0}, ()),
         ("shared bias", (35, 4), (150, 2), (), {"mask": torch.float32}, (_shared_mask,)),
+        ("alibi", (35, 4), (150, 2), (64, 64, 2), {"alibi_slopes": True, "softcap": 3.0}, ()),
         ("unaligned", (50, 6), (90, 2), (56, 40), {}, (_unaligned_dout,)),
         ("padded tokens", (20, 2), (90, 1), (), {}, (_padded_tokens,)),
         ("padded heads", (20, 2), (90, 2), (), {}, (_padded_heads,)),

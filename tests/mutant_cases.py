@@ -96,6 +96,9 @@ class Attention:
             full = (batch_size, num_heads_q, seqlen_q, seqlen_kv)
             mask = random(*full)
             arguments["mask"] = mask > -0.5 if arguments["mask"] == torch.bool else mask
+        if arguments.get("alibi_slopes") is True:
+            slopes = random(batch_size, num_heads_q)
+            arguments["alibi_slopes"] = slopes
         self.arguments = arguments
         self.wanted = dict(arguments)  # where the oracle is to be told something else
         self.bound = {}  # of decode alone
@@ -259,6 +262,7 @@ def attention_cases():
         attention(
             "beyond the window", (150, 1), (40, 1), causal="top_left", window=(10, -1)
         ).case(),
+        attention("alibi", (35, 4), (150, 2), batch_size=2, alibi_slopes=True).case(),
         attention("negative scale", (30, 2), (90, 1), softmax_scale=-0.2).case(),
         attention("deep", (30, 2), (90, 1)).edit(_far_below_zero).case(),
         attention("hostile", (20, 2), (150, 1), batch_size=3, causal=True)
@@ -291,6 +295,7 @@ def decode_cases():
         decode("unaligned v", (1, 2), (290, 1)).edit(_unaligned_value).edit(_splits(1)).case(),
         decode("padded tokens", (2, 2), (290, 1)).edit(_padded_tokens).edit(_splits(1)).case(),
         decode("padded heads", (2, 2), (290, 2)).edit(_padded_heads).edit(_splits(1)).case(),
+        decode("alibi", (7, 4), (200, 2), batch_size=2, alibi_slopes=True).edit(_splits(2)).case(),
         decode("negative scale", (2, 2), (90, 1), softmax_scale=-0.2).edit(_splits(1)).case(),
         decode("deep", (2, 2), (90, 1)).edit(_far_below_zero).edit(_splits(2)).case(),
         decode("more queries", (6, 1), (3, 1), causal=True).edit(_splits(1)).case(),

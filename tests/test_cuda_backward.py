@@ -22,6 +22,8 @@ from test_cuda_kernels import (
     dtype_of,
     lengths,
     random_case,
+    slopes,
+    slopes_by_sequence,
 )
 
 from flashinfer_lite import reference
@@ -57,6 +59,12 @@ ATOMICS = {
     "padded_left": Case((0, 9), batch_size=2, arguments={"kv_start": lengths(3, 20), **CAUSAL}),
     "softcap": Case((0, 9), arguments={"softcap": 1.0, **CAUSAL}),
     "scale_negative": Case((0, 9), arguments={"softmax_scale": -0.2}),
+    "alibi": Case((0, 20), (1, 9), (4, 2), arguments={"alibi_slopes": slopes, **CAUSAL}),
+    "alibi_softcap": Case(
+        (0, 9),
+        batch_size=2,
+        arguments={"alibi_slopes": slopes_by_sequence, "softcap": 2.0, "mask": trained_bias},
+    ),
     "group_7": Case((0, 5), heads=(7, 1), arguments=CAUSAL),
     "narrow_head": Case((0, 9), qkv={"head_dim_v": 24}, narrow=8),
     "fused": Case((0, 25), (0, 25), (2, 2), 2, qkv={"layout": "fused"}),
@@ -83,6 +91,7 @@ DETERMINISTIC = {
     ),
     "softcap_saturated": Case((0, 9), arguments={"softcap": 3.0}, qkv={"logits": 300.0}),
     "extreme_logits": Case((0, 9), qkv={"logits": 100.0}),
+    "alibi": Case((0, 20), (1, 9), (4, 2), arguments={"alibi_slopes": slopes, **TOP_LEFT}),
     "smallest_head": Case((0, 3), (0, 11), qkv={"head_dim_v": 40}, narrow=256),
     "transposed": Case((0, 9), heads=(4, 2), qkv={"layout": "bhsd"}),
     "stride_0": Case((0, 9), heads=(4, 2), batch_size=2, qkv={"layout": "expand"}),

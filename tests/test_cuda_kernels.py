@@ -99,6 +99,14 @@ def bias_of_float64(shape):
     return make_mask("additive_inf", shape, dtype=torch.float64)
 
 
+def slopes(shape):
+    return torch.linspace(0.3, -0.05, shape[1])
+
+
+def slopes_by_sequence(shape):
+    return torch.rand(shape[1], shape[0]).T
+
+
 CAUSAL, TOP_LEFT = {"causal": True}, {"causal": "top_left"}
 ENDS = {"seqlens_kv": lengths(13, 23)}
 CASES = {
@@ -133,6 +141,14 @@ CASES = {
     "softcap": Case((0, 9), arguments={"softcap": 1.0, **CAUSAL}),
     "softcap_saturated": Case((0, 9), arguments={"softcap": 3.0}, qkv={"logits": 300.0}),
     "scale_negative": Case((0, 9), arguments={"softmax_scale": -0.2}, kv_splits=2),
+    "alibi": Case((0, 9), heads=(4, 2), arguments={"alibi_slopes": slopes}, kv_splits=2),
+    "alibi_top_left": Case((1, 9), arguments={"alibi_slopes": slopes, "softcap": 2.0, **TOP_LEFT}),
+    "alibi_by_sequence": Case(
+        (0, 9),
+        batch_size=2,
+        arguments={"alibi_slopes": slopes_by_sequence, **ENDS, "mask": bool_mask},
+        kv_splits=2,
+    ),
     "extreme_logits": Case((0, 9), qkv={"logits": 300.0}, kv_splits=2),
     "group_7": Case((0, 5), heads=(7, 1), arguments=CAUSAL),
     "group_4_of_2": Case((0, 3), heads=(8, 2), kv_splits=2),
@@ -173,6 +189,8 @@ def random_case(rng, row):
         full = (shape[0], shape[3], *shape[1:3])
         mask_shape = [rng.choice([size, size, 1]) for size in full][rng.randint(0, 3) :]
         arguments["mask"] = make_mask(rng.choice(["bool", "additive_inf"]), mask_shape)
+    if rng.random() < 0.3:
+        arguments["alibi_slopes"] = torch.rand(rng.choice([shape[:1], ()]) + shape[3:4])
     sizes = (*shape, heads_kv, head_dim, head_dim_v)
     return make_qkv(*sizes, dtype=dtype_of(row), layout=layout), arguments
 
@@ -185,6 +203,29 @@ def test_random_combination(device, executor, seed):
     row = rng.choice(ATTENTION_ROWS)
     qkv, arguments = random_case(rng, row)
     check_forward(kernel_of(executor, row, kv_splits=rng.choice([1, 2, 5])), *qkv, **arguments)
+
+
+@every_row
+def test_slope_zero_changes_nothing(device, executor, row):
+    """Bit for bit, in its own head, where scores are finished one by one anyway."""
+    op = kernel_of(executor, row, kv_splits=2)
+    q, k, v = make_qkv(1, 9, row.block_n + 9, 2, 1, row.head_dim, dtype=dtype_of(row))
+    mask = torch.ones(1, dtype=torch.bool)
+    got = op(q, k, v, alibi_slopes=torch.tensor([0.0, 0.2]), mask=mask, causal=True)
+    wanted = op(q, k, v, mask=mask, causal=True)
+    assert_same_bits(got[:, :, 0], wanted[:, :, 0])
+    assert not torch.equal(got[:, :, 1], wanted[:, :, 1])
+
+
+@every_row
+def test_alibi_of_keys_far_away(device, executor, row):
+    """Only keys are seen whose bias is some hundreds: what counts is how they differ."""
+    op = kernel_of(executor, row, kv_splits=2)
+    q, k, v = make_qkv(1, 1, 1500, 2, 1, row.head_dim, dtype=dtype_of(row))
+    mask = torch.arange(1500) < 40
+    slopes = torch.tensor([0.25, -0.5])
+    _, lse = check_forward(op, q, k, v, alibi_slopes=slopes, mask=mask)
+    assert lse[0, 0, 0] < -300 and lse[0, 1, 0] > 600
 
 
 @every_row
