@@ -145,8 +145,22 @@ gemv_sm80 = partial(rows, SIXTEEN_BIT, kernel="gemv", arch=80, num_warps=4)
 
 ROWS = [
     *attention_fwd_sm80(SIXTEEN_BIT, head_dim=64, block_m=128, block_n=64, num_warps=4),
-    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=128, block_m=128, block_n=32, num_warps=4),
-    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=4),
+    *attention_fwd_sm80(
+        SIXTEEN_BIT,
+        head_dim=128,
+        block_m=128,
+        block_n=32,
+        num_warps=4,
+        allow_spill=Spill(48, "four words, of ragged batches alone, on sm_80"),
+    ),
+    *attention_fwd_sm80(
+        SIXTEEN_BIT,
+        head_dim=256,
+        block_m=64,
+        block_n=64,
+        num_warps=4,
+        allow_spill=Spill(28, "three words, of ragged batches alone, on sm_80"),
+    ),
     *attention_fwd_sm80(
         SIXTEEN_BIT,
         head_dim=256,
@@ -168,7 +182,13 @@ ROWS = [
         SIXTEEN_BIT, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2
+        SIXTEEN_BIT,
+        head_dim=128,
+        block_m=32,
+        block_n=64,
+        num_warps=4,
+        num_stages=2,
+        allow_spill=Spill(44, "five words, of ragged batches alone"),
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT,
@@ -177,19 +197,47 @@ ROWS = [
         block_n=64,
         num_warps=8,
         num_stages=2,
-        allow_spill=Spill(
-            24, "two words: one is read thrice a block of rows, one behind that loop"
-        ),
+        allow_spill=Spill(288, "21 words, of ragged batches alone, on sm_90"),
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1
+        SIXTEEN_BIT,
+        head_dim=256,
+        block_m=64,
+        block_n=64,
+        num_warps=8,
+        num_stages=1,
+        allow_spill=Spill(284, "21 words, of ragged batches alone, on sm_90"),
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=256, block_m=32, block_n=32, num_warps=4, num_stages=1
     ),
-    *attention_bwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=1),
-    *attention_bwd_sm80(FLOAT32, head_dim=128, block_m=32, block_n=32, num_warps=4, num_stages=1),
-    *attention_bwd_sm80(FLOAT32, head_dim=256, block_m=16, block_n=16, num_warps=2, num_stages=1),
+    *attention_bwd_sm80(
+        FLOAT32,
+        head_dim=64,
+        block_m=64,
+        block_n=64,
+        num_warps=4,
+        num_stages=1,
+        allow_spill=Spill(8, "a word of queries, on sm_90"),
+    ),
+    *attention_bwd_sm80(
+        FLOAT32,
+        head_dim=128,
+        block_m=32,
+        block_n=32,
+        num_warps=4,
+        num_stages=1,
+        allow_spill=Spill(32, "two words of queries, four of those of ragged batches, on sm_90"),
+    ),
+    *attention_bwd_sm80(
+        FLOAT32,
+        head_dim=256,
+        block_m=16,
+        block_n=16,
+        num_warps=2,
+        num_stages=1,
+        allow_spill=Spill(44, "five words, of ragged batches alone, on sm_80"),
+    ),
     *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),
     *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=2),
     *decode_sm80(

@@ -293,13 +293,13 @@ def native(name, x, otherwise=""):
         )
 
 
-def no_cuda_backward(op, *tensors):
-    """Refuse what could not be differentiated before it is computed."""
-    if tensors[0].device.type == "cuda" and torch.is_grad_enabled():
-        if any(x is not None and x.requires_grad for x in tensors):
+def only_on_cpu(q, **arguments):
+    """Refuse what of a ragged batch only the CPU's kernel takes."""
+    for name, x in arguments.items():
+        if x is not None and q.device.type == "cuda":
             raise NotImplementedError(
-                f"{op}: no CUDA kernel yet; for inference use torch.no_grad(), to train "
-                "impl='reference', or the CPU"
+                f"{name}: expected None with CUDA tensors, got {_short(x)}: attention_varlen takes "
+                "it on the CPU; impl='reference' runs"
             )
 
 

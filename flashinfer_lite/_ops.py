@@ -33,9 +33,11 @@ SCHEMAS = {
     f"Tensor lse, {_INPUTS}, {_SCORES}, bool wants_dmask, {_DETERMINISTIC}, "
     f"{_ALIBI}) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_varlen_fwd": f"(Tensor q, Tensor k, Tensor v, {_RAGGED}, {_SCORES}, "
-    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}, {_ALIBI}) -> (Tensor, Tensor)",
+    f"SymInt? max_seqlen_q, SymInt? max_seqlen_kv, {_PAGED}, {_ALIBI}, {_DETERMINISTIC}) "
+    "-> (Tensor, Tensor)",
     "attention_varlen_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_RAGGED}, {_SCORES}, {_ALIBI}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_RAGGED}, {_SCORES}, {_ALIBI}, {_DETERMINISTIC}) "
+    "-> (Tensor, Tensor, Tensor)",
     "decode": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, int kv_splits, "
     f"bool batch_invariant, {_PAGED}, {_ALIBI}) -> (Tensor, Tensor)",
     "decode.out": f"(Tensor q, Tensor k_cache, Tensor v_cache, {_INPUTS}, {_SCORES}, "
@@ -269,24 +271,26 @@ torch.library.register_autograd(
 
 
 def _save_varlen(ctx, inputs, output):
-    block_table, alibi_slopes = inputs[-2:]
+    block_table, alibi_slopes, deterministic = inputs[-3:]
     if block_table is not None:
         raise RuntimeError(
             "block_table: expected None with inputs that require grad: pages are for inference"
         )
     ctx.save_for_backward(*inputs[:7], alibi_slopes, *output)
     ctx.scalars = inputs[7:12]
+    ctx.deterministic = bool(deterministic)
     ctx.set_materialize_grads(False)
 
 
 def _varlen_backward(ctx, dout, dlse):
     q, k, v, *offsets, alibi_slopes, out, lse = ctx.saved_tensors
-    none = [None] * 15  # of the inputs from cu_seqlens_q on
+    none = [None] * 16  # of the inputs from cu_seqlens_q on
     if dout is None and dlse is None:
         return None, None, None, *none
     dout, dlse = _as_read(dout, dlse, out)
+    deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
     inputs = dout, dlse, q, k, v, out, lse, *offsets
-    return *attention_varlen_bwd(*inputs, *ctx.scalars, alibi_slopes), *none
+    return *attention_varlen_bwd(*inputs, *ctx.scalars, alibi_slopes, deterministic), *none
 
 
 torch.library.register_autograd(

@@ -53,10 +53,10 @@ def attention_varlen(
         kv_start, seqlens_kv: int32 or int64 [batch], counted from the sequence's first key: its
             visible keys are kv_start <= j < seqlens_kv (flash-attn's seqused_k), and bottom-right
             alignment counts from seqlens_kv.
-        block_table: int32 or int64 [batch, pages], for inference. k and v are then pages
-            [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of sequence b
-            are the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of the pages in row b.
-            Entries behind the last key's page may hold anything.
+        block_table: int32 or int64 [batch, pages], for inference, on the CPU. k and v are then
+            pages [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of
+            sequence b are the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of the pages in
+            row b. Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
         alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`; a sequence's
@@ -77,8 +77,9 @@ def attention_varlen(
         RuntimeError: for values only the kernel reads (cu_seqlens_q, cu_seqlens_kv, kv_start,
             seqlens_kv, block_table), for a longest sequence beyond max_seqlen_q or max_seqlen_kv,
             for block_table with inputs that require grad, and for alibi_slopes that do.
-        NotImplementedError: for arguments that have not landed, for CUDA tensors (no kernel yet),
-            and for tensors that carry a tangent of forward-mode AD, which impl="reference" has.
+        NotImplementedError: for arguments that have not landed, for block_table and alibi_slopes
+            with CUDA tensors, and for tensors that carry a tangent of forward-mode AD, which
+            impl="reference" has.
 
     Example:
         >>> q = torch.randn(7, 4, 64); k = v = torch.randn(12, 2, 64)
@@ -130,12 +131,12 @@ def attention_varlen(
             return_lse=True,
         )
     else:
-        _check.no_cuda_backward("attention_varlen_bwd", q, k, v)
+        _check.only_on_cpu(q, block_table=block_table, alibi_slopes=alibi_slopes)
         tensors = {"q": q, "k": k, "v": v, "sink": sink, "alibi_slopes": alibi_slopes}
         _check.no_forward_ad("attention_varlen", "; impl='reference' has", **tensors)
         out, lse = _ops.attention_varlen_fwd(
             *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table),
-            alibi_slopes,
+            *(alibi_slopes, bool(deterministic)),
         )
         if sink is not None:
             out, lse = _fold_sink(out, lse, sink, cu_seqlens_q, return_lse)

@@ -27,6 +27,7 @@ MATRICES = {
     "test_cuda_append_kv.py": ("append_kv",),
     "test_cuda_backward.py": ("attention_bwd",),
     "test_cuda_flat.py": ("flat_gemm", "gemv"),
+    "test_cuda_varlen.py": ("ragged attention_fwd", "ragged attention_bwd"),
 }
 EXECUTOR = ("late copies", "eager copies", "block order", "2 OS threads")
 ATTENTION = (
@@ -66,6 +67,10 @@ APPEND_KV = (
     *("rotary", "rotary by pairs", "rotary in float32"),
     *("head_dim_v differs", "tokens > 1", "dim > 32"),
 )
+RAGGED = (
+    *("int32 offsets", "int64 offsets", "offsets apart", "tails", "no tails", "> 32 sequences"),
+    *("no rows", "no keys", "one row", "more rows than keys", "lengths of sequences", "causal"),
+)
 FLAT_GEMM = ("1 split", "2 splits", "7 splits", "empty splits", "same tickets", "any block_m")
 FEATURES = {
     "attention_fwd": (*ATTENTION, *UNIFIED, *EXECUTOR),
@@ -75,6 +80,8 @@ FEATURES = {
     "append_kv": (*APPEND_KV, *EXECUTOR),
     "flat_gemm": (*FLAT_LINEAR, *FLAT_GEMM, *EXECUTOR),
     "gemv": (*FLAT_LINEAR, *EXECUTOR),
+    "ragged attention_fwd": (*RAGGED, "ragged unified"),
+    "ragged attention_bwd": (*RAGGED, "ragged atomics", "ragged deterministic"),
 }
 # What the host code never asks of a row.
 REFUSED = {
@@ -134,7 +141,8 @@ def _scores(q, k, softmax_scale=None, softcap=None, alibi_slopes=None, **_):
         yield "softcap"
         scale = q.shape[3] ** -0.5 if softmax_scale is None else abs(softmax_scale)
         keys = k.float().repeat_interleave(q.shape[2] // k.shape[2], 2)
-        if (torch.einsum("bqhd,bkhd->bhqk", q.float(), keys) * scale / softcap).abs().max() > 10:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), keys) * scale / softcap
+        if scores.numel() and scores.abs().max() > 10:
             yield "softcap saturated"
 
 
@@ -211,6 +219,25 @@ def _append_kv(
     yield from (["dim > 32"] if k.shape[3] > 32 else [])
 
 
+def _ragged(q, k, cu_seqlens_q, cu_seqlens_kv, causal=False, seqlens_kv=None, **_):
+    rows, keys = cu_seqlens_q.diff(), cu_seqlens_kv.diff()
+    yield f"{str(cu_seqlens_q.dtype).removeprefix('torch.')} offsets"
+    ends = [int(cu_seqlens_q[0]), len(q) - int(cu_seqlens_q[-1])]
+    yield "tails" if any(ends) else "no tails"
+    for name, met in {
+        "offsets apart": cu_seqlens_q.stride(0) > 1,
+        "> 32 sequences": len(rows) > 32,
+        "no rows": ((rows == 0) & (keys > 0)).any(),
+        "no keys": ((rows > 0) & (keys == 0)).any(),
+        "one row": (rows == 1).any(),
+        "more rows than keys": ((rows > keys) & (keys > 0)).any(),
+        "lengths of sequences": seqlens_kv is not None,
+        "causal": bool(causal),
+    }.items():
+        if met:
+            yield name
+
+
 class Recording(simt.Executor):
     """An executor of one row that tells `record` of every (row name, feature) that it meets."""
 
@@ -254,6 +281,21 @@ class Recording(simt.Executor):
         out, lse = super().attention(q, k, v, return_lse=True, **arguments)
         self._record_attention(q, k, v, arguments, out, lse)
         return (out, lse) if return_lse else out
+
+    def attention_varlen(self, q, k, v, *offsets, return_lse=False, **arguments):
+        result = super().attention_varlen(q, k, v, *offsets, return_lse=return_lse, **arguments)
+        offsets = dict(zip(("cu_seqlens_q", "cu_seqlens_kv"), offsets, strict=False))
+        unified = ["ragged unified"] if any(self._unified(**arguments)) else []
+        self.record([*_ragged(q, k, **offsets, **arguments), *unified])
+        return result
+
+    def attention_varlen_bwd(self, *tensors, **arguments):
+        gradients = super().attention_varlen_bwd(*tensors, **arguments)
+        names = "cu_seqlens_q", "cu_seqlens_kv"
+        given = dict(zip(names, tensors[7:], strict=False)) | arguments
+        way = "ragged deterministic" if given.pop("deterministic", False) else "ragged atomics"
+        self.record([*_ragged(tensors[2], tensors[3], **given), way])
+        return gradients
 
     def attention_bwd(
         self, dout, dlse, q, k, v, out, lse, *, wants_dmask=False, deterministic=False, **arguments
@@ -378,10 +420,10 @@ def pytest_sessionfinish(session):
     empty = [
         f"{feature!r} on {row.name}"
         for row in ROWS
-        for feature in FEATURES[row.kernel]
-        if row.kernel in kernels
-        and not cells[row.name, feature]
-        and (row.name, feature) not in REFUSED
+        for group in kernels
+        if group.split()[-1] == row.kernel
+        for feature in FEATURES[group]
+        if not cells[row.name, feature] and (row.name, feature) not in REFUSED
     ]
     if not empty:
         return
@@ -415,7 +457,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("")
         terminalreporter.write_line(textwrap.fill(f"{kernel}: {legend}", 98))
         terminalreporter.write_line(" " * 36 + keys)
-        for row in (row for row in ROWS if row.kernel == kernel):
+        for row in (row for row in ROWS if row.kernel == kernel.split()[-1]):
             line = "".join(_symbol(cells, row.name, feature) for feature in features)
             terminalreporter.write_line(f"{row.name:36}{line}")
     for (name, feature), reason in REFUSED.items():

@@ -52,6 +52,8 @@ def good():
     return {"q": q, "k": k, "v": torch.cat([v, v[..., :8]], -1)}
 
 
+# Good ones of a ragged batch.
+RAGGED = {name: x[0] for name, x in good().items()}
 # name of a case -> (op, what differs from a good call, the error)
 INT = torch.int32
 REFUSALS = {
@@ -166,16 +168,25 @@ REFUSALS = {
         "deterministic: expected a mask of shape [2, 4, 3, 7] where wants_dmask is True, got "
         "[1, 4, 3, 7]",
     ),
-    "varlen": (
+    "pages of varlen": (
         "attention_varlen_fwd",
-        {},
-        "attention_varlen_fwd: no CUDA kernel yet; impl='reference' runs on CUDA tensors",
+        {**RAGGED, "block_table": torch.zeros(2, 3, dtype=INT)},
+        "block_table: expected none on CUDA, where attention_varlen has no pages yet",
     ),
-    "varlen backward": (
+    "offsets": (
+        "attention_varlen_fwd",
+        {**RAGGED, "cu_seqlens_kv": torch.zeros(2, dtype=INT)},
+        "cu_seqlens_kv: expected shape [3], got [2]",
+    ),
+    "device of offsets": (
+        "attention_varlen_fwd",
+        {**RAGGED, "cu_seqlens_q": on_cuda_1(3, dtype=INT)},
+        "cu_seqlens_q: expected q's device cuda:0, got cuda:1",
+    ),
+    "shape of a ragged lse": (
         "attention_varlen_bwd",
-        {},
-        "attention_varlen_bwd: no CUDA kernel yet; impl='reference' trains on CUDA tensors, or "
-        "train on the CPU",
+        {**RAGGED, "dout": torch.zeros(3, 4, 24), "out": torch.zeros(3, 4, 24)},
+        "lse: expected shape [4, 3], got [2, 4, 3]",
     ),
     "phi": (
         "decode",
@@ -205,6 +216,20 @@ REFUSALS = {
     # Good calls, on a machine without a device.
     "attention_fwd": ("attention_fwd", {}, "cuda:0: no device properties: "),
     "attention_bwd": ("attention_bwd", {}, "cuda:0: no device properties: "),
+    "attention_varlen_fwd": (
+        "attention_varlen_fwd",
+        {**RAGGED, "cu_seqlens_q": torch.tensor([5, -1, 9])},
+        "cuda:0: no device properties: ",
+    ),
+    "attention_varlen_bwd": (
+        "attention_varlen_bwd",
+        {
+            **RAGGED,
+            **{name: torch.zeros(3, 4, 24) for name in ("dout", "out")},
+            "lse": torch.zeros(4, 3),
+        },
+        "cuda:0: no device properties: ",
+    ),
     "decode": ("decode", {"seqlens_kv": torch.tensor([9, -9])}, "cuda:0: no device properties: "),
     "decode.out": ("decode.out", {"kv_splits": 3}, "cuda:0: no device properties: "),
     "merge_states": ("merge_states", {}, "cuda:0: no device properties: "),
@@ -318,6 +343,7 @@ class Child:
         states = {"outs": torch.zeros(0, 2, 3, 4, 24), "lses": torch.zeros(0, 2, 4, 3)}
         cases = {
             "attention_fwd": nothing,
+            "attention_varlen_fwd": {"q": RAGGED["q"], **{n: x[0] for n, x in nothing.items()}},
             "decode": caches,
             "decode.out": {**caches, "out": torch.full((2, 4, 3, 24), torch.nan).transpose(1, 2)},
             "merge_states": states,

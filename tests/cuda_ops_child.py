@@ -20,6 +20,7 @@ from flashinfer_lite.testing import (
     check_forward,
     make_mask,
     make_qkv,
+    make_varlen,
 )
 
 CASES = {}
@@ -136,11 +137,11 @@ def attention(variant):
 
 
 class OnGpu(torch.autograd.Function):
-    """attention on a GPU. Autograd's engine wants a real one, so the node's own formula is called
+    """An op on a GPU. Autograd's engine wants a real one, so the node's own formula is called
     here."""
 
     @staticmethod
-    def forward(ctx, bound, arguments, *tensors):
+    def forward(ctx, op, bound, arguments, *tensors):
         ctx.set_materialize_grads(False)
         ctx.shapes = [None if x is None else x.shape for x in tensors]
         copies = [None if x is None else put(x.detach())[0] for x in tensors]
@@ -150,7 +151,7 @@ class OnGpu(torch.autograd.Function):
         rest = {name: put(x)[0] if torch.is_tensor(x) else x for name, x in arguments.items()}
         q, k, v, mask = copies
         with torch.enable_grad():
-            out, lse = fi.attention(q, k, v, mask=mask, return_lse=True, **rest, **bound)
+            out, lse = op(q, k, v, mask=mask, return_lse=True, **rest, **bound)
         ctx.node = out.grad_fn
         assert lse.grad_fn is ctx.node
         return out.detach().memory, lse.detach().memory
@@ -165,14 +166,14 @@ class OnGpu(torch.autograd.Function):
             None if x is None else x.reshape(shape)
             for x, shape in zip(found, ctx.shapes, strict=True)
         )
-        return None, None, *shapes
+        return None, None, None, *shapes
 
 
-def trained(**bound):
-    """attention on a GPU, with gradients."""
+def trained(of=fi.attention, **bound):
+    """An op on a GPU, with gradients."""
 
     def op(q, k, v, *, mask=None, return_lse=True, **arguments):
-        return OnGpu.apply(bound, arguments, q, k, v, mask)
+        return OnGpu.apply(of, bound, arguments, q, k, v, mask)
 
     return op
 
@@ -194,6 +195,65 @@ def gradient_of_a_mask(deterministic):
         mask = make_mask("additive", shape).requires_grad_()
         check_backward(op, q, k, v, mask=mask, softcap=3.0)
         assert len(launched()) == 4
+
+
+RAGGED = ([0, 37, 1, 3], [4, 53, 70, 0])
+
+
+@case("float32", "bfloat16")
+def attention_varlen(dtype):
+    q, k, v, offsets = make_varlen(*RAGGED, dtype=DTYPES[dtype], tails=(2, 1))
+    lengths = {"kv_start": torch.tensor([1, 9, 0, 0]), "seqlens_kv": torch.tensor([4, 50, 70, 0])}
+    op = on_gpu(fi.attention_varlen)
+    for arguments in ({"causal": True}, lengths, {"window": (9, 0)}):
+        check_forward(op, q, k, v, **offsets, **arguments)
+        assert launched()[0] == f"attention_fwd_sm80_{dtype}_d64"
+    check_forward(functools.partial(op, phi=0.5), q, k, v, **offsets)
+
+
+@case(False, True)
+def gradients_of_a_ragged_batch(deterministic):
+    q, k, v, offsets = make_varlen(*RAGGED, dtype=torch.bfloat16)
+    op = trained(fi.attention_varlen, deterministic=deterministic)
+    check_backward(op, q, k, v, **offsets, causal=True)
+    assert launched() == ["attention_bwd_sm80_bfloat16_d64_s2"] * 3
+
+
+@case()
+def a_ragged_batch_without_rows_or_keys():
+    for lengths in (([0, 0], [3, 4]), ([3, 4], [0, 0])):
+        q, k, v, offsets = make_varlen(*lengths)
+        check_forward(on_gpu(fi.attention_varlen), q, k, v, **offsets)
+        check_backward(trained(fi.attention_varlen), q, k, v, **offsets)
+        assert launched() == []
+
+
+@case()
+def values_of_offsets_are_checked():
+    q, k, v, offsets = make_varlen([3, 0, 2], [4, 1, 2], head_dim=16)
+    for name, bad, message in (
+        (
+            "cu_seqlens_q",
+            [0, 3, 2, 5],
+            "cu_seqlens_q: expected ascending values, got 2 at 2 after 3",
+        ),
+        ("cu_seqlens_kv", [0, 3, 3, 8], r"cu_seqlens_kv: expected values in \[0, 7\], got 8 at 3"),
+        ("max_seqlen_q", 2, "max_seqlen_q: expected at least 3, the length of sequence 0, got 2"),
+        ("seqlens_kv", [4, 2, 2], r"seqlens_kv: expected values in \[0, 1\], got 2 at batch 1"),
+        ("kv_start", [4, 0, 3], r"kv_start: expected values in \[0, seqlens_kv = 2\], got 3 at .*"),
+    ):
+        value = torch.tensor(bad) if isinstance(bad, list) else bad
+        call = {**offsets, name: value}
+        expect(message, lambda call=call: on_gpu(fi.attention_varlen)(q, k, v, **call))
+
+
+@case()
+def pages_of_a_ragged_batch_are_refused():
+    q, k, v, offsets = make_varlen([3], [4], head_dim=16)
+    pages = {"block_table": torch.zeros(1, 1, dtype=INT), **offsets}
+    message = "block_table: expected None with CUDA tensors, got a tensor of shape .*"
+    call = functools.partial(on_gpu(fi.attention_varlen), q, k[None], v[None], **pages)
+    expect(message, call, NotImplementedError)
 
 
 @case()

@@ -421,7 +421,8 @@ def suite():
     from mutant_backward import backward_cases
     from mutant_flat import flat_cases
     from mutant_unified import unified_cases
+    from mutant_varlen import varlen_cases
 
     ours = [*attention_cases(), *decode_cases(), *combine_cases()]
-    trained = [*backward_cases(), *unified_cases()]
+    trained = [*backward_cases(), *unified_cases(), *varlen_cases()]
     return [*ours, *trained, *append_cases(), *flat_cases()]

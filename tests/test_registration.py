@@ -182,7 +182,6 @@ def test_opcheck_attention_varlen_fwd(device, requires_grad, lengths, layout):
     torch.library.opcheck(_ops.attention_varlen_fwd, (*inputs, *SCALARS, None, 9, 0.0))
 
 
-@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 @pytest.mark.parametrize("lengths", [False, True])
 def test_opcheck_attention_varlen_bwd(device, lengths):
     q, k, v, *rest = ragged(device, lengths)
@@ -258,7 +257,6 @@ def test_fake_results_have_the_strides_of_real_ones(device, layout, dtype):
         check_fake(op, arguments)
 
 
-@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 @pytest.mark.parametrize("layout", ["contiguous", "bhsd", "misaligned", "expand"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_fake_results_of_a_ragged_batch_have_the_strides_of_real_ones(device, layout, dtype):

@@ -160,7 +160,6 @@ def train(q, k, v, cu_seqlens_q, cu_seqlens_kv, longest=None):
     return out.square().sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum()
 
 
-@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_training(device, dynamic):
     step = torch.compile(train, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -244,7 +243,6 @@ def test_vmap_equals_a_loop(device):
         assert_same_bits(got[i], attention_varlen(q[i], **call, causal=True))
 
 
-@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 def test_func_grad_is_refused(device):
     call = good(device)
     q = call.pop("q")
@@ -282,7 +280,6 @@ def test_flash_attn_face_by_position(device):
     assert_same_bits(got[0], attention_varlen(q, k, v, *seen, **arguments))
 
 
-@pytest.mark.cpu_only("attention_varlen has no CUDA kernel yet")
 def test_flash_attn_packed_forms_are_views_with_gradients(device):
     cu = torch.tensor([0, 4, 4, 11], device=device)
     packed = torch.randn(11, 3, 4, 24, device=device, requires_grad=True)

@@ -54,6 +54,23 @@ uint32_t checked_blocks(const Instance& row, int64_t blocks) {
   return static_cast<uint32_t>(blocks);
 }
 
+// Blocks of a head's rows or keys. Where a ragged batch has its sequences nobody knows here: what
+// is enough in any case, see tile/sequence.cuh.
+int64_t blocks_per_head(const CudaAttentionParams& p, int64_t count, int64_t block) {
+  return p.is_ragged() ? count / block + p.ragged.sequences + 2 : ceil_div(count, block);
+}
+
+// Sequences are told apart by where they begin: a batch stride is that of a row.
+template <class Pointer>
+void set_ragged_stride(const CudaAttentionParams& p, Strided<Pointer>& x) {
+  if (p.is_ragged()) x.batch = x.seqlen;
+}
+
+// What one of the sequences has, of what all of them have.
+int64_t mean_length(const CudaAttentionParams& p, int64_t count) {
+  return p.is_ragged() ? ceil_div(count, std::max<int64_t>(p.ragged.sequences, 1)) : count;
+}
+
 // Whether 16-byte accesses may be used. The stride of a dimension of size 1 does not matter, but
 // for seqlen: rows beyond the last have addresses too, and those must be aligned though nothing is
 // read.
@@ -77,6 +94,9 @@ void check_sizes(const char* kernel, const CudaAttentionParams& p) {
   }
   if (p.block_table.num_pages > INT32_MAX) {
     fail(kernel, ": expected less than 2^31 pages, got ", p.block_table.num_pages);
+  }
+  if (p.ragged.sequences >= kMost) {
+    fail(kernel, ": expected less than 2^30 sequences, got ", p.ragged.sequences);
   }
 }
 
@@ -145,6 +165,10 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
   p.vector_k = rows_are_aligned(p.k, outer, p.num_heads_kv, size);
   p.vector_v = rows_are_aligned(p.v, outer, p.num_heads_kv, size);
   p.vector_out = rows_are_aligned(p.out, p.batch_size, p.num_heads_q, size);
+  set_ragged_stride(p, p.q);
+  set_ragged_stride(p, p.k);
+  set_ragged_stride(p, p.v);
+  set_ragged_stride(p, p.out);
 }
 
 const Instance& instance_named(const std::string& name) {
@@ -158,9 +182,10 @@ Status run_attention_fwd(CudaAttentionParams& p, const Instance& row, const Devi
                          Stream stream) {
   check_sizes("attention_fwd", p);
   const int64_t heads = p.batch_size * p.num_heads_kv;
-  const int64_t bytes_per_head = p.seqlen_kv * (p.head_dim + p.head_dim_v) * size_of(row.element);
+  const int64_t keys = mean_length(p, p.seqlen_kv);
+  const int64_t bytes_per_head = keys * (p.head_dim + p.head_dim_v) * size_of(row.element);
   set_derived(p, row.element);
-  p.num_m_blocks = ceil_div(p.rows_per_kv_head(), row.block_m);
+  p.num_m_blocks = blocks_per_head(p, p.rows_per_kv_head(), row.block_m);
   p.heads_per_section = heads_per_section(heads, bytes_per_head, device.l2_bytes);
   if (checked_blocks(row, p.num_m_blocks * heads) == 0) return 0;
   return row.launch(&p, stream);
@@ -168,7 +193,7 @@ Status run_attention_fwd(CudaAttentionParams& p, const Instance& row, const Devi
 
 BackwardMemory backward_memory(const CudaAttentionBwdParams& p, const Instance& row) {
   BackwardMemory m;
-  m.padded_rows = ceil_div(p.rows_per_kv_head(), row.block_m) * row.block_m;
+  m.padded_rows = blocks_per_head(p, p.rows_per_kv_head(), row.block_m) * row.block_m;
   const int64_t rows = p.batch_size * p.num_heads_kv * m.padded_rows;
   m.row_stats = rows * 2;
   m.dq_accum = rows * row.head_dim;
@@ -185,6 +210,10 @@ Status run_attention_bwd(CudaAttentionBwdParams& p, const Instance& row, const D
   p.vector_dq = rows_are_aligned(p.dq, p.batch_size, p.num_heads_q, size);
   p.vector_dk = rows_are_aligned(p.dk, p.batch_size, p.num_heads_kv, size);
   p.vector_dv = rows_are_aligned(p.dv, p.batch_size, p.num_heads_kv, size);
+  set_ragged_stride(p, p.dout);
+  set_ragged_stride(p, p.dq);
+  set_ragged_stride(p, p.dk);
+  set_ragged_stride(p, p.dv);
   p.padded_rows = backward_memory(p, row).padded_rows;
 
   const int64_t heads = p.batch_size * p.num_heads_kv;
@@ -196,13 +225,13 @@ Status run_attention_bwd(CudaAttentionBwdParams& p, const Instance& row, const D
     return checked_blocks(row, blocks_per_head * heads) == 0 ? 0 : row.launch(&p, stream);
   };
   // What the thread blocks of a head all read: the rows those of keys, the keys those of rows.
-  const int64_t row_bytes = p.padded_rows * (columns * size + row.head_dim * 4);
-  const int64_t key_bytes = p.seqlen_kv * columns * size;
+  const int64_t row_bytes = mean_length(p, p.padded_rows) * (columns * size + row.head_dim * 4);
+  const int64_t key_bytes = mean_length(p, p.seqlen_kv) * columns * size;
   const int64_t row_blocks = p.padded_rows / row.block_m;
   const bool atomic = p.dq_accum != nullptr;
   Status status = run(CudaBwdPass::kRows, row_blocks, row_bytes);
   if (status == 0) {
-    status = run(CudaBwdPass::kKeys, ceil_div(p.seqlen_kv, row.block_n), row_bytes);
+    status = run(CudaBwdPass::kKeys, blocks_per_head(p, p.seqlen_kv, row.block_n), row_bytes);
   }
   if (status == 0) {
     status = atomic ? run(CudaBwdPass::kFinish, row_blocks, row_bytes)

@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     int64_t window_left, int64_t window_right, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_kv, const std::optional<double>& phi,
     const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table,
-    const std::optional<Tensor>& alibi_slopes) {
+    const std::optional<Tensor>& alibi_slopes, bool /*deterministic*/) {
   const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv};
   const int64_t batch_size = check_ragged(ragged_args, q);
   const AttentionArgs args{
@@ -139,12 +139,14 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
   return {outputs.out, outputs.lse};
 }
 
+// Bitwise repeatable whether or not that is asked for.
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_kv, const std::optional<Tensor>& kv_start,
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
-    int64_t window_left, int64_t window_right, const std::optional<Tensor>& alibi_slopes) {
+    int64_t window_left, int64_t window_right, const std::optional<Tensor>& alibi_slopes,
+    bool /*deterministic*/) {
   const RaggedArgs ragged_args{cu_seqlens_q, cu_seqlens_kv, {}, {}};
   const int64_t batch_size = check_ragged(ragged_args, q);
   const AttentionArgs args{

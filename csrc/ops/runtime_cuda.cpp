@@ -136,7 +136,7 @@ void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args) {
   if (args.kv_start) p.device_kv_start = lengths_view(*args.kv_start);
   if (args.seqlens_kv) p.device_seqlens_kv = lengths_view(*args.seqlens_kv);
   if (args.block_table) p.device_block_table = block_table_view(*args.block_table);
-  if (wants_value_checks(args.q)) check_length_values(p, args);
+  if (!args.ragged() && wants_value_checks(args.q)) check_length_values(p, args);
 }
 
 LengthsView lengths_view(const Tensor& x) {

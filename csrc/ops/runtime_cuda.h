@@ -21,7 +21,8 @@ struct CudaContext {
 
 cuda::ElementType cuda_element_type(ScalarType type);
 
-// set_params, and the lengths as views that only the device reads, unless they are to be checked.
+// set_params, and the lengths as views that only the device reads, unless they are to be checked:
+// here, but for those of a ragged batch.
 void set_cuda_params(CudaAttentionParams& p, const AttentionArgs& args);
 
 // True if no kernel has to run: there are no rows, or none has a key and the outputs are filled.

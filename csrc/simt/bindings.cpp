@@ -114,6 +114,10 @@ void bind_attention_params(py::module_& m) {
       .def("set_kv_start", [](P& p, const LengthsTuple& x) { p.device_kv_start = lengths_view(x); })
       .def("set_seqlens_kv",
            [](P& p, const LengthsTuple& x) { p.device_seqlens_kv = lengths_view(x); })
+      .def("set_ragged",
+           [](P& p, const LengthsTuple& q, const LengthsTuple& kv, int64_t sequences) {
+             p.ragged = {lengths_view(q), lengths_view(kv), sequences};
+           })
       .def("set_block_table", &set_block_table<P>);
   bind_strided<P, const void*>(c, "q", &P::q);
   bind_strided<P, const void*>(c, "k", &P::k);

@@ -14,6 +14,7 @@ import torch
 
 from flashinfer_lite import _check
 from flashinfer_lite.attention import attention
+from flashinfer_lite.testing import simt_varlen
 from flashinfer_lite.testing.simt_append import append_kv
 from flashinfer_lite.testing.simt_flat import FlatLinear
 
@@ -84,6 +85,58 @@ class Executor:
         call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
         return call.results(return_lse)
 
+    def attention_varlen(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        max_seqlen_q=None,
+        max_seqlen_kv=None,
+        *,
+        return_lse=False,
+        **arguments,
+    ):
+        """`flashinfer_lite.attention_varlen` on the executor; the longest sequence is ignored."""
+        arguments, lengths = simt_varlen.split(arguments)
+        call = _Call(self, *simt_varlen.as_one(q, k, v), arguments)
+        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths)
+        name = self.instance or self.module.choose_attention(
+            "attention_fwd", NAMES[q.dtype], q.shape[2], v.shape[2], self.device
+        )
+        call.run(lambda: self.module.attention_fwd(call.params, name, self.device))
+        out, lse = (x.squeeze(0) for x in call.results(True))
+        return (out, lse) if return_lse else out
+
+    def attention_varlen_bwd(
+        self,
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        *,
+        deterministic=False,
+        **arguments,
+    ):
+        """(dq, dk, dv) of `attention_varlen` on the executor."""
+        arguments, lengths = simt_varlen.split(arguments)
+        call = _BackwardCall(self, *simt_varlen.as_one(q, k, v), arguments)
+        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths)
+        name = self.instance or self.module.choose_attention(
+            "attention_bwd", NAMES[q.dtype], q.shape[2], v.shape[2], self.device
+        )
+        call.add_inputs(*simt_varlen.as_one(dout, dlse, out, lse))
+        call.add_outputs(*simt_varlen.as_one(q, k, v), False)
+        call.add_memory(name, deterministic)
+        call.run(lambda: self.module.attention_bwd(call.params, name, self.device))
+        return [x.squeeze(0) for x in call.gradients()[:3]]
+
     def attention_bwd(
         self, dout, dlse, q, k, v, out, lse, *, wants_dmask=False, deterministic=False, **arguments
     ):
@@ -102,6 +155,15 @@ class Executor:
         """`flashinfer_lite.attention` whose backward runs on the executor, the forward natively."""
         mask = arguments.pop("mask", None)
         out, lse = _Training.apply(self, deterministic, arguments, q, k, v, mask)
+        return (out, lse) if return_lse else out
+
+    def training_varlen(
+        self, q, k, v, *offsets, deterministic=False, return_lse=False, **arguments
+    ):
+        """The same with `attention_varlen`."""
+        names = "cu_seqlens_q", "cu_seqlens_kv"
+        offsets = [arguments.pop(name) for name in names] if not offsets else offsets
+        out, lse = simt_varlen.Training.apply(self, deterministic, arguments, q, k, v, *offsets)
         return (out, lse) if return_lse else out
 
     def decode(

@@ -13,7 +13,14 @@ import sys
 import flat
 import torch
 
-from flashinfer_lite import append_kv, attention, decode, merge_states, reference
+from flashinfer_lite import (
+    append_kv,
+    attention,
+    attention_varlen,
+    decode,
+    merge_states,
+    reference,
+)
 from flashinfer_lite.testing import (
     assert_close,
     assert_same_bits,
@@ -21,6 +28,7 @@ from flashinfer_lite.testing import (
     check_forward,
     make_mask,
     make_qkv,
+    make_varlen,
 )
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,6 +57,43 @@ def attention_cases(device):
     for layout in ("misaligned", "capacity", "fused", "expand"):
         tensors = make_qkv(2, 33, 33, 2, 2, 64, dtype=FLOAT16, device=device, layout=layout)
         yield f"attention {layout}", attention, *tensors, {"causal": True}
+
+
+def ragged_cases(device):
+    """Yield (name, op, q, k, v, arguments): sequences without rows or keys, and tails."""
+    lengths_q, lengths_kv = [0, 67, 1, 5, 130, 0], [3, 131, 40, 0, 129, 0]
+    starts, ends = lengths(device, 1, 9, 0, 0, 64, 0), lengths(device, 3, 120, 40, 0, 127, 0)
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        for head_dim in (64, 128, 256):
+            options = {"head_dim": head_dim, "dtype": dtype, "device": device, "tails": (2, 3)}
+            q, k, v, offsets = make_varlen(lengths_q, lengths_kv, 2, 1, **options)
+            arguments = {**offsets, "causal": True}
+            yield f"varlen {dtype} {head_dim}", attention_varlen, q, k, v, arguments
+    q, k, v, offsets = make_varlen(
+        lengths_q,
+        lengths_kv,
+        6,
+        2,
+        72,
+        40,
+        dtype=BFLOAT16,
+        device=device,
+        offsets_dtype=torch.int64,
+    )
+    for name, arguments in {
+        "window": {"window": (9, 4)},
+        "lengths": {"seqlens_kv": ends, "kv_start": starts, "causal": "top_left"},
+        "softcap": {"softcap": 8.0},
+    }.items():
+        yield f"varlen {name}", attention_varlen, q, k, v, {**offsets, **arguments}
+
+
+def ragged_backward_cases(device):
+    for deterministic in (False, True):
+        op = functools.partial(attention_varlen, deterministic=deterministic)
+        label = "deterministic" if deterministic else "atomic"
+        for name, _, q, k, v, arguments in ragged_cases(device):
+            yield f"backward {label} {name}", op, *map(torch.nan_to_num, (q, k, v)), arguments
 
 
 def backward_cases(device):
@@ -160,6 +205,8 @@ def main():
     for check, cases in (
         (check_forward, attention_cases(device)),
         (check_backward, backward_cases(device)),
+        (check_forward, ragged_cases(device)),
+        (check_backward, ragged_backward_cases(device)),
         (check_forward, decode_cases(device)),
         (check_forward, unified_cases(device)),
     ):

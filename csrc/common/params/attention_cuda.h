@@ -20,6 +20,12 @@ struct BlockTableView {
   int64_t page = 0;
 };
 
+// Of a ragged batch, whose tensors have no batch dimension: its sequences lie behind one another.
+struct RaggedView {
+  LengthsView q, kv;  // [sequences + 1] offsets of rows and of keys; no data: it is not ragged
+  int64_t sequences = 0;
+};
+
 // In device memory, one of each device: rows that the unified maximum was tried on, and those of
 // them that the online softmax did again.
 struct RowCounters {
@@ -27,11 +33,14 @@ struct RowCounters {
   uint64_t recomputed;
 };
 
-// The pointers are device pointers. kv_start, seqlens_kv and the pages of the base's block_table
-// are unused: they are the views below.
+// The pointers are device pointers. Of a ragged batch batch_size is 1 and the lengths are those of
+// all sequences; `lengths` have one of each. kv_start, seqlens_kv and the pages of the base's
+// block_table are unused: they are the views below.
 struct CudaAttentionParams : AttentionFwdParams {
   LengthsView device_kv_start, device_seqlens_kv;
   BlockTableView device_block_table;
+  RaggedView ragged;
+  bool is_ragged() const { return ragged.q.data != nullptr; }
 
   // Whether every row of the tensor starts on 16 bytes, so that 16-byte accesses may be used.
   bool vector_q = false;

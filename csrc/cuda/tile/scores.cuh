@@ -30,13 +30,29 @@ struct KeySlots {
 
   template <class Params>
   __device__ __forceinline__ Visibility visibility(const Params& p) const {
+    return visibility(p, p.seqlen_q);
+  }
+
+ protected:
+  template <class Params>
+  __device__ __forceinline__ Visibility visibility(const Params& p, int64_t seqlen_q) const {
     Visibility v;
     v.kv_begin = begin;
     v.kv_end = end;
-    v.diagonal = p.alignment == Alignment::kBottomRight ? end - p.seqlen_q : 0;
+    v.diagonal = p.alignment == Alignment::kBottomRight ? end - seqlen_q : 0;
     v.window_left = p.window_left;
     v.window_right = p.window_right;
     return v;
+  }
+};
+
+// The same where each sequence has queries of its own number.
+struct SequenceSlots : KeySlots {
+  int seqlen_q;
+
+  template <class Params>
+  __device__ __forceinline__ Visibility visibility(const Params& p) const {
+    return KeySlots::visibility(p, seqlen_q);
   }
 };
 
@@ -46,10 +62,11 @@ __device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
 
 // Clamped: a wrong length may not lead outside the cache. Both are loaded before either is used.
 template <class Params>
-__device__ __forceinline__ KeySlots read_key_slots(const Params& p, int batch_idx) {
-  const int64_t end = read_length(p.device_seqlens_kv, batch_idx, p.seqlen_kv);
+__device__ __forceinline__ KeySlots read_key_slots(const Params& p, int batch_idx,
+                                                   int64_t seqlen_kv) {
+  const int64_t end = read_length(p.device_seqlens_kv, batch_idx, seqlen_kv);
   const int64_t begin = read_length(p.device_kv_start, batch_idx, 0);
-  const int64_t last = clamp(end, 0, p.seqlen_kv);
+  const int64_t last = clamp(end, 0, seqlen_kv);
   return {static_cast<int>(clamp(begin, 0, last)), static_cast<int>(last)};
 }
 
@@ -258,9 +275,9 @@ __device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Pa
 }
 
 // Hidden scores become -inf: by length, causal and window.
-template <class Params, int kM, int kTiles>
+template <class Params, class Slots, int kM, int kTiles>
 __device__ __forceinline__ void hide_scores(float (&s)[kM][kTiles][4], const Params& p,
-                                            const PackedRows& rows, const KeySlots& slots,
+                                            const PackedRows& rows, const Slots& slots,
                                             const ScoreOrigin& at, int lane) {
   const Visibility visible = slots.visibility(p);
 #pragma unroll

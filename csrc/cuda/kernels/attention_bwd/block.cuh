@@ -10,6 +10,7 @@
 #include "cuda/tile/gemm_tiles.cuh"
 #include "cuda/tile/scheduler.cuh"
 #include "cuda/tile/scores.cuh"
+#include "cuda/tile/sequence.cuh"
 
 namespace flashinfer_lite::attention_bwd {
 
@@ -29,35 +30,43 @@ struct Sizes {
 };
 
 // A (batch, KV head) and its rows.
+template <class Cfg>
 struct Head {
-  __device__ __forceinline__ Head(const Params& params, const tile::ForwardWork& work)
+  template <class Sequence>
+  __device__ __forceinline__ Head(const Params& params, const Sequence& s, int head_kv)
       : p(params),
-        batch_idx(work.batch_idx),
-        index(int64_t{work.batch_idx} * params.num_heads_kv + work.head_kv),
-        rows{work.head_kv, params.group, params.rows} {}
+        batch_q(s.batch_q),
+        place(Cfg::ragged ? head_kv * params.padded_rows + int64_t{s.blocks_before} * Cfg::block_m
+                          : int64_t{s.batch_q} * params.num_heads_kv + head_kv),
+        rows{head_kv, params.group, s.rows} {}
 
   // The rows of a tensor from packed row `first` on.
   template <class Element, class Pointer>
   __device__ __forceinline__ tile::PackedRowView<Element> row_view(const Strided<Pointer>& x,
                                                                    int first) const {
-    return {static_cast<Element*>(x.data) + batch_idx * x.batch, x.seqlen, x.head, rows, first};
+    return {static_cast<Element*>(x.data) + batch_q * x.batch, x.seqlen, x.head, rows, first};
   }
 
   // Of packed row r in row_stats.
   __device__ __forceinline__ float* stats(int r) const {
-    return p.row_stats + (index * p.padded_rows + r) * 2;
+    return p.row_stats + (padded_row() + r) * 2;
   }
 
   // Where 16 rows from r on begin in dQ's accumulator.
-  template <class Cfg>
   __device__ __forceinline__ float* dq_accum(int r) const {
-    return p.dq_accum + (index * p.padded_rows + r) * Cfg::head_dim;
+    return p.dq_accum + (padded_row() + r) * Cfg::head_dim;
   }
 
   const Params& p;
-  int batch_idx;
-  int64_t index;  // among all (batch, KV head)
+  int batch_q;    // as tile::Sequence has it
+  int64_t place;  // padded_row(); but of a dense batch which of all (batch, KV head)
   tile::PackedRows rows;
+
+ private:
+  // Where packed row 0 is in row_stats and dq_accum.
+  __device__ __forceinline__ int64_t padded_row() const {
+    return Cfg::ragged ? place : place * p.padded_rows;
+  }
 };
 
 // Keys or values of a head from slot `first` on. Slots outside of the sequence hold anything.
@@ -79,10 +88,12 @@ struct SlotRows {
   }
 };
 
+// Of the keys of `batch_kv`, as tile::Sequence has it.
 template <class Element, class Pointer>
-__device__ __forceinline__ SlotRows<Element> slot_rows(const Head& h, const Strided<Pointer>& x,
-                                                       int first, const tile::KeySlots& slots) {
-  Element* head = static_cast<Element*>(x.data) + h.batch_idx * x.batch + h.rows.head_kv * x.head;
+__device__ __forceinline__ SlotRows<Element> slot_rows(const Strided<Pointer>& x, int batch_kv,
+                                                       int head_kv, int first,
+                                                       const tile::KeySlots& slots) {
+  Element* head = static_cast<Element*>(x.data) + batch_kv * x.batch + head_kv * x.head;
   return {head, x.seqlen, first, slots};
 }
 
@@ -103,13 +114,13 @@ struct RowBlock {
 
   // Starts the copies; the caller commits and waits.
   template <int kThreads>
-  __device__ __forceinline__ void load(const Head& h, int first_row) const {
+  __device__ __forceinline__ void load(const Head<Cfg>& h, int first_row) const {
     using Element = const typename Cfg::Element;
     const Params& p = h.p;
     const int thread = arch::thread_idx();
-    tile::load_rows<kThreads>(q(), h.row_view<Element>(p.q, first_row),
+    tile::load_rows<kThreads>(q(), h.template row_view<Element>(p.q, first_row),
                               static_cast<int>(p.head_dim), p.vector_q, thread);
-    tile::load_rows<kThreads>(dout(), h.row_view<Element>(p.dout, first_row),
+    tile::load_rows<kThreads>(dout(), h.template row_view<Element>(p.dout, first_row),
                               static_cast<int>(p.head_dim_v), p.vector_dout, thread);
     static_assert(S::block_m / 2 <= kThreads, "a thread copies two rows' statistics");
     if (thread >= S::block_m / 2) return;
@@ -177,10 +188,10 @@ __device__ __forceinline__ bool see_all(const Visibility& visible, int first_que
 // The products s = q k^T and dp = dO v^T become P and dS = P (dp - delta), times the softcap's
 // slope if that is wanted. `stats` is the shared address of the warp's first row's. Without kMasked
 // every row sees every key, and the scores want no more than a scale.
-template <bool kMasked, int kM, int kTiles>
+template <bool kMasked, class Cfg, int kM, int kTiles>
 __device__ __forceinline__ void score_gradients(float (&s)[kM][kTiles][4],
-                                                float (&dp)[kM][kTiles][4], const Head& h,
-                                                const tile::KeySlots& slots,
+                                                float (&dp)[kM][kTiles][4], const Head<Cfg>& h,
+                                                const tile::SlotsOf<Cfg>& slots,
                                                 const tile::ScoreOrigin& at, uint32_t stats,
                                                 bool wants_slope, int lane) {
   const Params& p = h.p;

@@ -45,12 +45,13 @@ template <class Cfg>
 struct KeysBlock {
   using T = KeysTraits<Cfg>;
 
-  __device__ __forceinline__ KeysBlock(const Params& p, const tile::ForwardWork& work)
-      : h(p, work),
-        slots(tile::read_key_slots(p, work.batch_idx)),
-        // The scheduler gives the last block of a head first; under a causal mask the first block
-        // of keys has the most rows.
-        first_key((static_cast<int>(p.num_m_blocks) - 1 - work.m_block) * Cfg::block_n),
+  template <class Sequence>
+  __device__ __forceinline__ KeysBlock(const Params& p, const Sequence& s, int head_kv)
+      : h(p, s, head_kv),
+        slots(s.slots),
+        batch_kv(s.batch_kv),
+        seqlen_kv(static_cast<int>(s.seqlen_kv)),
+        first_key(s.block * Cfg::block_n),
         warp(arch::thread_idx() / 32),
         lane(arch::thread_idx() % 32) {}
 
@@ -61,6 +62,7 @@ struct KeysBlock {
     b.warp = arch::opaque(warp);
     b.lane = arch::opaque(lane);
     b.first_key = arch::opaque(first_key);
+    b.batch_kv = arch::opaque(batch_kv);
     return b;
   }
 
@@ -79,6 +81,14 @@ struct KeysBlock {
     return {first + static_cast<uint32_t>(stage * RowBlock<Cfg>::bytes)};
   }
 
+  // Of the sequence. Those of a dense batch come from the parameters each time: registers are dear.
+  __device__ __forceinline__ int64_t queries() const {
+    if constexpr (Cfg::ragged) return slots.seqlen_q;
+    return h.p.seqlen_q;
+  }
+  __device__ __forceinline__ int keys() const {
+    return Cfg::ragged ? seqlen_kv : static_cast<int>(h.p.seqlen_kv);
+  }
   __device__ __forceinline__ int warp_row() const { return warp / T::other_warps * T::warp_rows; }
   __device__ __forceinline__ int score_key() const { return warp % T::other_warps * T::warp_keys; }
   __device__ __forceinline__ int dq_column() const { return warp % T::other_warps * T::dq_columns; }
@@ -87,8 +97,10 @@ struct KeysBlock {
     return warp % T::column_warps * T::kv_columns;
   }
 
-  Head h;
-  tile::KeySlots slots;
+  Head<Cfg> h;
+  tile::SlotsOf<Cfg> slots;
+  int batch_kv;  // as tile::Sequence has it
+  int seqlen_kv;
   int first_key;
   int warp, lane;
 };
@@ -103,7 +115,7 @@ __device__ __forceinline__ void make_scores(const KeysBlock<Cfg>& b, const RowBl
   tile::qk_gemm(rows.q(), b.warp_row(), b.k().from_row(b.score_key()), s, b.lane);
   tile::clear(ds);
   tile::qk_gemm(rows.dout(), b.warp_row(), b.v().from_row(b.score_key()), ds, b.lane);
-  const tile::ScoreOrigin at{b.h.batch_idx, first_row + b.warp_row(), b.first_key + b.score_key()};
+  const tile::ScoreOrigin at{b.h.batch_q, first_row + b.warp_row(), b.first_key + b.score_key()};
   score_gradients<kMasked>(s, ds, b.h, b.slots, at, rows.stats(b.warp_row()), true, b.lane);
   tile::stage(s, b.p_tile(), b.warp_row(), b.score_key(), b.lane);
   tile::stage(ds, b.ds_tile(), b.warp_row(), b.score_key(), b.lane);
@@ -116,7 +128,7 @@ __device__ __forceinline__ void add_dq(const KeysBlock<Cfg>& b, int first_row) {
   tile::clear(dq);
   tile::xy_gemm(b.ds_tile(), b.warp_row(), b.k(), b.dq_column(), dq, b.lane);
   // The 32 lanes of each addition are neighbours in memory.
-  float* to = b.h.template dq_accum<Cfg>(first_row + b.warp_row()) + b.dq_column() * 16 + b.lane;
+  float* to = b.h.dq_accum(first_row + b.warp_row()) + b.dq_column() * 16 + b.lane;
 #pragma unroll
   for (int m = 0; m < T::warp_rows / 16; ++m)
 #pragma unroll
@@ -156,8 +168,9 @@ template <class Cfg>
 __device__ __forceinline__ void store_gradient(const KeysBlock<Cfg>& b, const Strided<void*>& x,
                                                const typename KeysTraits<Cfg>::KeyTile& from,
                                                int64_t cols, bool vector) {
-  const tile::KeySlots all{0, static_cast<int>(b.h.p.seqlen_kv)};
-  const auto target = slot_rows<typename Cfg::Element>(b.h, x, b.first_key, all);
+  const tile::KeySlots all{0, b.keys()};
+  const auto target =
+      slot_rows<typename Cfg::Element>(x, b.batch_kv, b.h.rows.head_kv, b.first_key, all);
   tile::copy_rows(from, 0, Cfg::block_n, target, static_cast<int>(cols), vector, arch::thread_idx(),
                   KeysTraits<Cfg>::num_threads);
 }
@@ -167,19 +180,26 @@ __global__ void __launch_bounds__(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>:
     attention_bwd_keys_sm80(const __grid_constant__ Params p) {
   using T = KeysTraits<Cfg>;
   using Element = const typename Cfg::Element;
-  const KeysBlock<Cfg> b(p, tile::forward_work(p, static_cast<uint32_t>(arch::block_idx())));
+  tile::ForwardWork work = tile::forward_work(p, static_cast<uint32_t>(arch::block_idx()));
+  // The scheduler gives the last block of a head first; under a causal mask the first block of keys
+  // has the most rows.
+  work.m_block = static_cast<int>(p.num_m_blocks) - 1 - work.m_block;
+  const KeysBlock<Cfg> b(p, tile::find_sequence<Cfg, true>(p, work), work.head_kv);
+  if (Cfg::ragged && b.first_key >= b.keys()) return;  // nobody needs the block
   const Visibility visible = b.slots.visibility(p);
   const QueryRange queries =
-      visible.queries(b.first_key, int64_t{b.first_key} + Cfg::block_n, p.seqlen_q);
+      visible.queries(b.first_key, int64_t{b.first_key} + Cfg::block_n, b.queries());
   typename T::KeyGradient dk, dv;
   tile::clear(dk);
   tile::clear(dv);
   if (queries.begin < queries.end) {
     const int thread = arch::thread_idx();
-    tile::load_rows<T::num_threads>(b.k(), slot_rows<Element>(b.h, p.k, b.first_key, b.slots),
-                                    static_cast<int>(p.head_dim), p.vector_k, thread);
-    tile::load_rows<T::num_threads>(b.v(), slot_rows<Element>(b.h, p.v, b.first_key, b.slots),
-                                    static_cast<int>(p.head_dim_v), p.vector_v, thread);
+    tile::load_rows<T::num_threads>(
+        b.k(), slot_rows<Element>(p.k, b.batch_kv, work.head_kv, b.first_key, b.slots),
+        static_cast<int>(p.head_dim), p.vector_k, thread);
+    tile::load_rows<T::num_threads>(
+        b.v(), slot_rows<Element>(p.v, b.batch_kv, work.head_kv, b.first_key, b.slots),
+        static_cast<int>(p.head_dim_v), p.vector_v, thread);
     const auto load = [&](int block, int stage) {
       b.row_block(stage).template load<T::num_threads>(b.h, block * Cfg::block_m);
     };
@@ -187,7 +207,7 @@ __global__ void __launch_bounds__(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>:
       const RowBlock<Cfg> rows = b.row_block(stage);
       const int first_row = block * Cfg::block_m;
       rows.template drop_rows_without_keys<T::num_threads>();
-      const int last_row = std::min(first_row + Cfg::block_m, p.rows) - 1;
+      const int last_row = std::min(first_row + Cfg::block_m, b.h.rows.rows) - 1;
       if (!p.scale_first && see_all(b.slots.visibility(p), b.h.rows[first_row].query,
                                     b.h.rows[last_row].query, b.first_key, Cfg::block_n)) {
         make_scores<false>(b, rows, first_row);

@@ -20,9 +20,9 @@ struct QueriesTraits : Sizes<Cfg> {
 };
 
 // The warp's scores' gradients to where the mask's elements are, which several rows may share.
-template <int kTiles>
-__device__ __forceinline__ void add_mask_gradient(const float (&ds)[1][kTiles][4], const Head& h,
-                                                  const tile::KeySlots& slots,
+template <class Cfg, int kTiles>
+__device__ __forceinline__ void add_mask_gradient(const float (&ds)[1][kTiles][4],
+                                                  const Head<Cfg>& h, const tile::KeySlots& slots,
                                                   const tile::ScoreOrigin& at, int lane) {
   const MaskGradient& dmask = h.p.dmask;
 #pragma unroll
@@ -48,14 +48,16 @@ __global__ void __launch_bounds__(QueriesTraits<Cfg>::num_threads)
   using T = QueriesTraits<Cfg>;
   using Element = const typename Cfg::Element;
   const tile::ForwardWork work = tile::forward_work(p, static_cast<uint32_t>(arch::block_idx()));
-  const Head h(p, work);
-  const int first_row = work.m_block * Cfg::block_m;
+  const auto sequence = tile::find_sequence<Cfg, false>(p, work);
+  const Head<Cfg> h(p, sequence, work.head_kv);
+  const int first_row = sequence.block * Cfg::block_m;
+  if (Cfg::ragged && first_row >= h.rows.rows) return;  // nobody needs the block
   const int lane = arch::thread_idx() % 32;
   const int warp_row = arch::thread_idx() / 32 * 16;
-  const tile::KeySlots slots = tile::read_key_slots(p, work.batch_idx);
+  const tile::SlotsOf<Cfg> slots = sequence.slots;
   const bool of_mask = p.pass == CudaBwdPass::kMask;
 
-  const int last_row = std::min(first_row + Cfg::block_m, p.rows) - 1;
+  const int last_row = std::min(first_row + Cfg::block_m, h.rows.rows) - 1;
   const int first_query = h.rows[first_row].query;
   const int last_query = h.rows[last_row].query;
   const KeyRange some = slots.visibility(p).rows(first_query, last_query);
@@ -76,11 +78,12 @@ __global__ void __launch_bounds__(QueriesTraits<Cfg>::num_threads)
     rows.template load<T::num_threads>(h, first_row);  // travels with the first keys
     const auto load = [&](int block, int stage) {
       const int first_key = slots.begin + block * T::block_n;
-      tile::load_rows<T::num_threads>(k(stage), slot_rows<Element>(h, p.k, first_key, slots),
-                                      static_cast<int>(p.head_dim), p.vector_k, arch::thread_idx());
-      tile::load_rows<T::num_threads>(v(stage), slot_rows<Element>(h, p.v, first_key, slots),
-                                      static_cast<int>(p.head_dim_v), p.vector_v,
-                                      arch::thread_idx());
+      tile::load_rows<T::num_threads>(
+          k(stage), slot_rows<Element>(p.k, sequence.batch_kv, work.head_kv, first_key, slots),
+          static_cast<int>(p.head_dim), p.vector_k, arch::thread_idx());
+      tile::load_rows<T::num_threads>(
+          v(stage), slot_rows<Element>(p.v, sequence.batch_kv, work.head_kv, first_key, slots),
+          static_cast<int>(p.head_dim_v), p.vector_v, arch::thread_idx());
     };
     const auto step = [&](int block, int stage) {
       if (block == first_block) rows.template drop_rows_without_keys<T::num_threads>();
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(QueriesTraits<Cfg>::num_threads)
       tile::clear(ds);
       tile::qk_gemm(rows.dout(), warp_row, v(stage), ds, lane);
       const int first_key = slots.begin + block * T::block_n;
-      const tile::ScoreOrigin at{h.batch_idx, first_row + warp_row, first_key};
+      const tile::ScoreOrigin at{h.batch_q, first_row + warp_row, first_key};
       const uint32_t stats = rows.stats(warp_row);
       if (!p.scale_first &&
           see_all(slots.visibility(p), first_query, last_query, first_key, T::block_n)) {

@@ -20,20 +20,22 @@ __global__ void __launch_bounds__(Sizes<Cfg>::row_threads)
   using Tile = typename S::RowTile;
   using Element = const typename Cfg::Element;
   const tile::ForwardWork work = tile::forward_work(p, static_cast<uint32_t>(arch::block_idx()));
-  const Head h(p, work);
-  const int first_row = work.m_block * Cfg::block_m;
+  const auto sequence = tile::find_sequence<Cfg, false>(p, work);
+  const Head<Cfg> h(p, sequence, work.head_kv);
+  const int first_row = sequence.block * Cfg::block_m;
+  if (Cfg::ragged && first_row >= h.rows.rows) return;  // nobody needs the block
   const int thread = arch::thread_idx();
   const int lane = thread % 32;
   const Tile dout{arch::dynamic_smem()};
   const Tile out{dout.base + Tile::bytes};
-  tile::load_rows<S::row_threads>(dout, h.row_view<Element>(p.dout, first_row),
+  tile::load_rows<S::row_threads>(dout, h.template row_view<Element>(p.dout, first_row),
                                   static_cast<int>(p.head_dim_v), p.vector_dout, thread);
-  tile::load_rows<S::row_threads>(out, h.row_view<Element>(p.out, first_row),
+  tile::load_rows<S::row_threads>(out, h.template row_view<Element>(p.out, first_row),
                                   static_cast<int>(p.head_dim_v), p.vector_out, thread);
   arch::cp_async_commit();
 
   if (p.dq_accum != nullptr) {
-    auto* zeros = reinterpret_cast<arch::U32x4*>(h.template dq_accum<Cfg>(first_row));
+    auto* zeros = reinterpret_cast<arch::U32x4*>(h.dq_accum(first_row));
     constexpr int kCount = Cfg::block_m * Cfg::head_dim / 4;
 #pragma unroll 1
     for (int i = thread; i < kCount; i += S::row_threads) {
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(Sizes<Cfg>::row_threads)
     tile::Float2 stats{tile::kMinusInf, 0.f};
     if (arch::predicate(r < h.rows.rows)) {
       const tile::Row row = h.rows[r];
-      const int64_t at = (h.batch_idx * p.num_heads_q + row.head) * p.seqlen_q + row.query;
+      const int64_t at = tile::lse_index<Cfg>(p, h.batch_q, row);
       const float lse = arch::ldg(static_cast<const float*>(p.lse) + at);
       const float delta = g % 2 == 0 ? pair[0] : pair[1];
       const float dlse = p.dlse == nullptr ? 0.f : arch::ldg(p.dlse + at);
@@ -72,12 +74,12 @@ __global__ void __launch_bounds__(Sizes<Cfg>::row_threads)
 
 // A warp's 16 rows of dQ, by way of its rows of a tile.
 template <class Cfg>
-__device__ __forceinline__ void store_dq(float (&dq)[1][Cfg::head_dim / 8][4], const Head& h,
+__device__ __forceinline__ void store_dq(float (&dq)[1][Cfg::head_dim / 8][4], const Head<Cfg>& h,
                                          const typename Sizes<Cfg>::RowTile& tile, int first_row,
                                          int warp_row, int lane) {
   const Params& p = h.p;
   tile::multiply(dq, p.grad_scale);
-  tile::store_rows(dq, tile, warp_row, h.row_view<typename Cfg::Element>(p.dq, first_row),
+  tile::store_rows(dq, tile, warp_row, h.template row_view<typename Cfg::Element>(p.dq, first_row),
                    static_cast<int>(p.head_dim), p.vector_dq, lane);
 }
 
@@ -85,11 +87,13 @@ template <class Cfg>
 __global__ void __launch_bounds__(Sizes<Cfg>::row_threads)
     attention_bwd_finish_sm80(const __grid_constant__ Params p) {
   const tile::ForwardWork work = tile::forward_work(p, static_cast<uint32_t>(arch::block_idx()));
-  const Head h(p, work);
-  const int first_row = work.m_block * Cfg::block_m;
+  const auto sequence = tile::find_sequence<Cfg, false>(p, work);
+  const Head<Cfg> h(p, sequence, work.head_kv);
+  const int first_row = sequence.block * Cfg::block_m;
+  if (Cfg::ragged && first_row >= h.rows.rows) return;  // nobody needs the block
   const int lane = arch::thread_idx() % 32;
   const int warp_row = arch::thread_idx() / 32 * 16;
-  const float* from = h.template dq_accum<Cfg>(first_row + warp_row) + lane;
+  const float* from = h.dq_accum(first_row + warp_row) + lane;
   tile::Accumulator<1, Cfg::head_dim> dq;
 #pragma unroll
   for (int n = 0; n < Cfg::head_dim / 8; ++n)

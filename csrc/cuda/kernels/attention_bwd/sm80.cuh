@@ -41,6 +41,13 @@ struct Kernel {
       std::max(KeysTraits<Cfg>::smem_bytes, QueriesTraits<Cfg>::smem_bytes);
 
   static Status launch(const Params& p, Stream stream) {
+    return p.is_ragged() ? launch_pass<tile::Ragged<Cfg>>(p, stream)
+                         : launch_pass<tile::Dense<Cfg>>(p, stream);
+  }
+
+ private:
+  template <class Of>
+  static Status launch_pass(const Params& p, Stream stream) {
     const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
     const auto config = [&](int threads, int bytes) -> LaunchConfig {
       return {static_cast<uint32_t>(blocks), static_cast<uint32_t>(threads),
@@ -49,16 +56,16 @@ struct Kernel {
     constexpr int kRowThreads = Sizes<Cfg>::row_threads;
     switch (p.pass) {
       case CudaBwdPass::kRows:
-        return arch::launch<attention_bwd_rows_sm80<Cfg>>(
+        return arch::launch<attention_bwd_rows_sm80<Of>>(
             config(kRowThreads, RowsTraits<Cfg>::smem_bytes), stream, p);
       case CudaBwdPass::kKeys:
-        return arch::launch<attention_bwd_keys_sm80<Cfg>>(
+        return arch::launch<attention_bwd_keys_sm80<Of>>(
             config(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>::smem_bytes), stream, p);
       case CudaBwdPass::kFinish:
-        return arch::launch<attention_bwd_finish_sm80<Cfg>>(config(kRowThreads, RowTile::bytes),
-                                                            stream, p);
+        return arch::launch<attention_bwd_finish_sm80<Of>>(config(kRowThreads, RowTile::bytes),
+                                                           stream, p);
       default:
-        return arch::launch<attention_bwd_queries_sm80<Cfg>>(
+        return arch::launch<attention_bwd_queries_sm80<Of>>(
             config(kRowThreads, QueriesTraits<Cfg>::smem_bytes), stream, p);
     }
   }

@@ -1,25 +1,23 @@
 // FlashAttention-2 forward on tensor cores (Dao, arXiv 2307.08691), compute capability 8.0 and up.
 //
 //   out = softmax(softmax_scale q k^T + masks) v      lse = log sum exp of the row's scores
-//
 //   q [batch, seqlen_q, num_heads_q, head_dim]    k [batch, seqlen_kv, num_heads_kv, head_dim]
 //   out like q with head_dim_v                    v [batch, seqlen_kv, num_heads_kv, head_dim_v]
 //
 // A thread block owns block_m rows of one (batch, KV head): queries of all heads of the group, so
 // that K and V are read once per group. Each warp owns whole rows and shares nothing but the tiles.
 // Keys stream in blocks from the last visible to the first, counted from the sequence's first slot:
-//
 //   load V(n) | S = Q K(n)^T | load K(n-1) | mask, online softmax | O += P V(n)
 //
 // Blocks that every row sees whole take a step without masking. One buffer each of K and V is
 // enough: V arrives under the first product, the next K under the softmax and the second.
 //
-// With a unified maximum (FlashDecoding++) the same pass stands on one phi per query head. At its
-// end the rows that stay within the guard's bounds are stored; if any other is left, the block runs
-// the online scheme as it would have without, and stores those.
+// With a unified maximum (FlashDecoding++) the same pass stands on one phi per query head, and rows
+// within the guard's bounds are stored; for others the block runs the online scheme and stores
+// those.
 //
-// Shared memory: Q | K | V, all swizzled; unified besides: each lane's largest scores | a mask of
-// each warp's rows that are left. The epilogue passes out through Q's rows.
+// Shared memory: Q | K | V; unified besides: each lane's largest scores | a mask of each warp's
+// rows that are left. The epilogue passes out through Q's rows.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +29,7 @@
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/scheduler.cuh"
 #include "cuda/tile/scores.cuh"
+#include "cuda/tile/sequence.cuh"
 #include "cuda/tile/softmax.cuh"
 #include "cuda/tile/unified.cuh"
 
@@ -49,7 +48,7 @@ struct Traits {
 
   using QTile = tile::SmemTile<Element, Cfg::block_m, Cfg::head_dim>;
   using KTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
-  using VTile = tile::SmemTile<Element, Cfg::block_n, Cfg::head_dim>;
+  using VTile = KTile;
   using Scores = tile::Accumulator<m_tiles, Cfg::block_n>;
   using Output = tile::Accumulator<m_tiles, Cfg::head_dim>;
   using Largest = tile::LargestScores<m_tiles, num_threads>;
@@ -68,26 +67,35 @@ struct Block {
   __device__ __forceinline__ Block(const Params& params, uint32_t block)
       : p(params), warp(arch::thread_idx() / 32), lane(arch::thread_idx() % 32) {
     const tile::ForwardWork work = tile::forward_work(p, block);
-    batch_idx = work.batch_idx;
-    first_row = work.m_block * Cfg::block_m;
-    rows = {work.head_kv, p.group, p.rows};
-    slots = tile::read_key_slots(p, batch_idx);
-    k_head =
-        static_cast<const Element*>(p.k.data) + batch_idx * p.k.batch + work.head_kv * p.k.head;
-    v_head =
-        static_cast<const Element*>(p.v.data) + batch_idx * p.v.batch + work.head_kv * p.v.head;
+    const auto s = tile::find_sequence<Cfg, false>(p, work);
+    const int head_kv = work.head_kv;
+    batch_q = s.batch_q, slots = s.slots;
+    first_row = s.block * Cfg::block_m;
+    rows = {head_kv, p.group, s.rows};
+    k_head = static_cast<const Element*>(p.k.data) + s.batch_kv * p.k.batch + head_kv * p.k.head;
+    v_head = static_cast<const Element*>(p.v.data) + s.batch_kv * p.v.batch + head_kv * p.v.head;
     scale = p.scale_first ? 1.f : p.scale_log2;
   }
 
   __device__ __forceinline__ typename T::QTile q() const { return {arch::dynamic_smem()}; }
   __device__ __forceinline__ typename T::KTile k() const { return {q().base + T::QTile::bytes}; }
   __device__ __forceinline__ typename T::VTile v() const { return {k().base + T::KTile::bytes}; }
-
   __device__ __forceinline__ typename T::Largest largest() const {
     return {q().base + static_cast<uint32_t>(T::tile_bytes)};
   }
   __device__ __forceinline__ uint32_t rows_left() const {
     return q().base + static_cast<uint32_t>(T::smem_bytes - (Cfg::num_warps - warp) * 4);
+  }
+
+  // What only the epilogue derives from this takes no registers before.
+  __device__ __forceinline__ Block afresh() const {
+    Block b = *this;
+    b.lane = arch::opaque(lane);
+    if (!Cfg::ragged) return b;  // a register less
+    b.batch_q = arch::opaque(batch_q);
+    b.first_row = arch::opaque(first_row);
+    b.rows.head_kv = arch::opaque(rows.head_kv);
+    return b;
   }
 
   __device__ __forceinline__ int warp_row() const { return warp * T::m_tiles * 16; }
@@ -97,10 +105,10 @@ struct Block {
 
   const Params& p;
   int warp, lane;
-  int batch_idx;
+  int batch_q;    // as tile::Sequence has it
   int first_row;  // of the block, among the rows of its KV head
   tile::PackedRows rows;
-  tile::KeySlots slots;
+  tile::SlotsOf<Cfg> slots;
   const Element* k_head;
   const Element* v_head;
   float scale;  // of S to log2, applied by the exponential
@@ -119,7 +127,7 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Block<Cfg>& b) {
   const int last_query = b.rows[last_row].query;
   const Visibility visible = b.slots.visibility(b.p);
   const KeyRange some = visible.rows(first_query, last_query);
-  if (some.empty()) return {0, 0, 0, 0};
+  if (some.empty() || (Cfg::ragged && b.first_row >= b.rows.rows)) return {0, 0, 0, 0};
   // Slots number less than 2^30: from here on 32 bits do.
   constexpr int block_n = Cfg::block_n;
   const int origin = b.slots.begin;
@@ -139,7 +147,7 @@ __device__ __forceinline__ KeyBlocks key_blocks(const Block<Cfg>& b) {
 template <class Cfg>
 __device__ __forceinline__ void load_q(const Block<Cfg>& b) {
   using Element = typename Cfg::Element;
-  const Element* sequence = static_cast<const Element*>(b.p.q.data) + b.batch_idx * b.p.q.batch;
+  const Element* sequence = static_cast<const Element*>(b.p.q.data) + b.batch_q * b.p.q.batch;
   const tile::PackedRowView<const Element> source{sequence, b.p.q.seqlen, b.p.q.head, b.rows,
                                                   b.first_row};
   tile::load_rows<Traits<Cfg>::num_threads>(b.q(), source, static_cast<int>(b.p.head_dim),
@@ -185,7 +193,7 @@ __device__ __forceinline__ void step(const Block<Cfg>& b, int n_block, bool is_l
   if (!is_last) load_k(b, n_block - 1);
 
   if constexpr (kMasked) {
-    const tile::ScoreOrigin at{b.batch_idx, b.first_row + b.warp_row(), b.first_key(n_block)};
+    const tile::ScoreOrigin at{b.batch_q, b.first_row + b.warp_row(), b.first_key(n_block)};
     if (b.p.scale_first) tile::scale_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
     tile::hide_scores(acc_s, b.p, b.rows, b.slots, at, b.lane);
   }
@@ -315,28 +323,28 @@ __device__ __forceinline__ uint32_t settle(const Block<Cfg>& b,
 
 // Writes the warp's rows that the mask has.
 template <class Cfg>
-__device__ __forceinline__ void store_out_lse(const Block<Cfg>& b,
+__device__ __forceinline__ void store_out_lse(const Block<Cfg>& block,
                                               const typename Traits<Cfg>::Output& acc_o,
                                               const float (&lse)[Traits<Cfg>::m_tiles][2],
                                               uint32_t mask) {
   using Element = typename Cfg::Element;
   using T = Traits<Cfg>;
+  const Block<Cfg> b = block.afresh();
   const Params& p = b.p;
-  Element* sequence = static_cast<Element*>(p.out.data) + b.batch_idx * p.out.batch;
+  Element* sequence = static_cast<Element*>(p.out.data) + b.batch_q * p.out.batch;
   const tile::PackedRowView<Element> view{sequence, p.out.seqlen, p.out.head, b.rows, b.first_row};
   const SomeRows<tile::PackedRowView<Element>> target{view, b.warp_row(), mask};
-  const int lane = arch::opaque(b.lane);  // or what follows from it is kept through the loop
   tile::store_rows(acc_o, b.q(), b.warp_row(), target, static_cast<int>(p.head_dim_v), p.vector_out,
-                   lane);
-  if (lane % 4 != 0) return;  // the quad holds one row
+                   b.lane);
+  if (b.lane % 4 != 0) return;  // the quad holds one row
 #pragma unroll
   for (int m = 0; m < T::m_tiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = b.warp_row() + m * 16 + half * 8 + lane / 4;
+      const int r = b.warp_row() + m * 16 + half * 8 + b.lane / 4;
       if (!arch::predicate(target.valid(r))) continue;
       const tile::Row row = b.rows[b.first_row + r];
-      const int64_t at = (b.batch_idx * p.num_heads_q + row.head) * p.seqlen_q + row.query;
+      const int64_t at = tile::lse_index<Cfg>(p, b.batch_q, row);
       arch::stg(static_cast<float*>(p.lse) + at, lse[m][half]);
     }
   }
@@ -380,11 +388,12 @@ struct Kernel {
   static constexpr int smem_bytes = Traits<Cfg>::smem_bytes;
 
   static Status launch(const Params& p, Stream stream) {
-    const int64_t blocks = p.num_m_blocks * p.num_heads_kv * p.batch_size;
-    const int bytes = p.unified ? smem_bytes : Traits<Cfg>::tile_bytes;
-    const LaunchConfig config{static_cast<uint32_t>(blocks), Traits<Cfg>::num_threads,
-                              static_cast<uint32_t>(bytes), smem_bytes};
-    return arch::launch<attention_fwd_sm80<Cfg>>(config, stream, p);
+    const auto blocks = static_cast<uint32_t>(p.num_m_blocks * p.num_heads_kv * p.batch_size);
+    const uint32_t bytes = p.unified ? smem_bytes : Traits<Cfg>::tile_bytes;
+    const LaunchConfig config{blocks, Traits<Cfg>::num_threads, bytes, smem_bytes};
+    constexpr auto launch_ragged = arch::launch<attention_fwd_sm80<tile::Ragged<Cfg>>, Params>;
+    constexpr auto launch_dense = arch::launch<attention_fwd_sm80<tile::Dense<Cfg>>, Params>;
+    return (p.is_ragged() ? launch_ragged : launch_dense)(config, stream, p);
   }
 };
 

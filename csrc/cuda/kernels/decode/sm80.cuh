@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Traits<Cfg>::num_threads, Traits<Cfg>::blocks_
     decode_sm80(const __grid_constant__ Params p) {
   Block<Cfg> b(p, static_cast<uint32_t>(arch::block_idx()));
   load_q(b);  // on its way while the lengths are
-  b.slots = tile::read_key_slots(p, b.batch_idx);
+  b.slots = tile::read_key_slots(p, b.batch_idx, p.seqlen_kv);
   SplitKeys keys = split_keys(b);
 
   typename Traits<Cfg>::State state;
