@@ -59,8 +59,8 @@ def attention_varlen(
             row b. Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
-        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`; a sequence's
-            positions are its own.
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`, on the CPU; a
+            sequence's positions are its own.
         dropout_p: not implemented yet, refused.
         causal, window, softmax_scale, softcap, sink, softmax, phi, deterministic, batch_invariant,
             impl, return_lse: as `attention`, for each sequence.

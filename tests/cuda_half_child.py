@@ -173,6 +173,11 @@ REFUSALS = {
         {**RAGGED, "block_table": torch.zeros(2, 3, dtype=INT)},
         "block_table: expected none on CUDA, where attention_varlen has no pages yet",
     ),
+    "ALiBi of varlen": (
+        "attention_varlen_fwd",
+        {**RAGGED, "alibi_slopes": torch.zeros(4)},
+        "alibi_slopes: expected none on CUDA, where attention_varlen has no ALiBi yet",
+    ),
     "offsets": (
         "attention_varlen_fwd",
         {**RAGGED, "cu_seqlens_kv": torch.zeros(2, dtype=INT)},
