@@ -59,8 +59,8 @@ def attention_varlen(
             row b. Entries behind the last key's page may hold anything.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
-        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`, on the CPU; a
-            sequence's positions are its own.
+        alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`; a sequence's
+            positions are its own.
         dropout_p: not implemented yet, refused.
         causal, window, softmax_scale, softcap, sink, softmax, phi, deterministic, batch_invariant,
             impl, return_lse: as `attention`, for each sequence.
@@ -77,9 +77,8 @@ def attention_varlen(
         RuntimeError: for values only the kernel reads (cu_seqlens_q, cu_seqlens_kv, kv_start,
             seqlens_kv, block_table), for a longest sequence beyond max_seqlen_q or max_seqlen_kv,
             for block_table with inputs that require grad, and for alibi_slopes that do.
-        NotImplementedError: for arguments that have not landed, for block_table and alibi_slopes
-            with CUDA tensors, and for tensors that carry a tangent of forward-mode AD, which
-            impl="reference" has.
+        NotImplementedError: for arguments that have not landed, for block_table with CUDA tensors,
+            and for tensors that carry a tangent of forward-mode AD, which impl="reference" has.
 
     Example:
         >>> q = torch.randn(7, 4, 64); k = v = torch.randn(12, 2, 64)
@@ -131,7 +130,7 @@ def attention_varlen(
             return_lse=True,
         )
     else:
-        _check.only_on_cpu(q, block_table=block_table, alibi_slopes=alibi_slopes)
+        _check.only_on_cpu(q, block_table=block_table)
         tensors = {"q": q, "k": k, "v": v, "sink": sink, "alibi_slopes": alibi_slopes}
         _check.no_forward_ad("attention_varlen", "; impl='reference' has", **tensors)
         out, lse = _ops.attention_varlen_fwd(

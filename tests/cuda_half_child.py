@@ -175,8 +175,8 @@ REFUSALS = {
     ),
     "ALiBi of varlen": (
         "attention_varlen_fwd",
-        {**RAGGED, "alibi_slopes": torch.zeros(4)},
-        "alibi_slopes: expected none on CUDA, where attention_varlen has no ALiBi yet",
+        {**RAGGED, "alibi_slopes": torch.zeros(3)},
+        "alibi_slopes: expected shape [4] or [1, 4], got [3]",
     ),
     "offsets": (
         "attention_varlen_fwd",

@@ -248,15 +248,11 @@ def values_of_offsets_are_checked():
 
 
 @case()
-def pages_and_slopes_of_a_ragged_batch_are_refused():
+def pages_of_a_ragged_batch_are_refused():
     q, k, v, offsets = make_varlen([3], [4], head_dim=16)
     pages = {"block_table": torch.zeros(1, 1, dtype=INT), **offsets}
     message = "block_table: expected None with CUDA tensors, got a tensor of shape .*"
     call = functools.partial(on_gpu(fi.attention_varlen), q, k[None], v[None], **pages)
-    expect(message, call, NotImplementedError)
-    message = "alibi_slopes: expected None with CUDA tensors, got a tensor of shape .*"
-    slopes = {"alibi_slopes": torch.zeros(4), **offsets}
-    call = functools.partial(on_gpu(fi.attention_varlen), q, k, v, **slopes)
     expect(message, call, NotImplementedError)
 
 

@@ -117,7 +117,9 @@ def _descending():
 def varlen_cases():
     lengths = {"kv_start": _lengths(2, 13, 5, 0, 0, 64, 60, 0)}
     lengths["seqlens_kv"] = _lengths(7, 170, 33, 5, 0, 131, 62, 0)
+    slopes = torch.rand(8, 4, generator=_generator("slopes"))
     cases = [
+        Ragged("alibi", alibi_slopes=slopes),
         Ragged("causal", causal=True),
         Ragged("lengths", (2, 2), causal=True, **lengths),
         Ragged("window", (6, 2), window=(90, 20)),

@@ -257,11 +257,9 @@ def test_gradcheck(device, isa, causal):
     assert torch.autograd.gradcheck(run, (*tensors, mask))
 
 
-NO_CUDA_VARLEN = pytest.mark.cpu_only("attention_varlen takes ALiBi on the CPU alone")
 LENGTHS = [(5, 70, 0, 1, 130), (5, 90, 7, 0, 60)]
 
 
-@NO_CUDA_VARLEN
 @all_dtypes
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
@@ -285,7 +283,6 @@ def test_varlen(device, isa, dtype, causal, batched):
         assert_same_bits(lse[:, rows], one_lse[0])
 
 
-@NO_CUDA_VARLEN
 @all_dtypes
 @pytest.mark.parametrize("batched", [False, True])
 def test_varlen_gradients(device, isa, dtype, batched):
@@ -296,7 +293,7 @@ def test_varlen_gradients(device, isa, dtype, batched):
         check_backward(attention_varlen, q, k, v, alibi_slopes=slopes, **offsets, **options)
 
 
-@NO_CUDA_VARLEN
+@pytest.mark.cpu_only("attention_varlen takes pages on the CPU alone")
 @all_dtypes
 def test_varlen_unified_and_pages(device, isa, dtype):
     cache = Paged(device, dtype, 16, seqlen_q=2)
@@ -398,7 +395,6 @@ def test_compiled_training(device):
     torch._dynamo.reset()
 
 
-@NO_CUDA_VARLEN
 def test_compiled_varlen_training(device):
     torch._dynamo.reset()
     slopes = make_slopes(device, 2)

@@ -55,7 +55,8 @@ def sequences(offsets):
 
 def own(arguments, b):
     """The arguments of attention for sequence b alone."""
-    return {n: x[b : b + 1] if n in LENGTHS else x for n, x in arguments.items()}
+    by_sequence = {n for n, x in arguments.items() if n in LENGTHS or n == "alibi_slopes"}
+    return {n: x[b : b + 1] if n in by_sequence else x for n, x in arguments.items()}
 
 
 def check(executor, row, q, k, v, offsets, *, phi=None, **arguments):
@@ -107,6 +108,14 @@ def test_lengths(device, executor, row, dtype):
     mixed = {n: torch.stack((x, x - 77), 1).flatten()[::2] for n, x in offsets.items()}
     mixed["cu_seqlens_q"] = mixed["cu_seqlens_q"].long()
     check(executor, row, q, k, v, mixed, seqlens_kv=lengths["seqlens_kv"])
+
+
+@every_row
+def test_alibi(device, executor, row):
+    q, k, v, offsets = ragged_batch(row, (4, 2), tails=(2, 1))
+    slopes = torch.rand(8, 4) - 0.2
+    check(executor, row, q, k, v, offsets, alibi_slopes=slopes, causal=True)
+    check(executor, row, q, k, v, offsets, alibi_slopes=slopes, phi=0.0, **lengths_of(offsets))
 
 
 @every_row
@@ -252,6 +261,8 @@ def test_gradients_have_the_bits_of_a_loop(device, executor, row, name):
     lengths = lengths_of(offsets)
     apart = {n: torch.stack((x, x - 77), 1).flatten()[::2] for n, x in offsets.items()}
     assert_same_as_loop(executor, row, q, k, v, apart, **TRAINED[name], **lengths)
+    slopes = torch.rand(8, 4) - 0.2
+    assert_same_as_loop(executor, row, q, k, v, apart, **TRAINED[name], alibi_slopes=slopes)
 
 
 @every_backward_row

@@ -114,11 +114,6 @@ void set_ragged(CudaAttentionParams& p, const RaggedArgs& r, const AttentionArgs
   const Ragged checked({*cu_seqlens_q, *cu_seqlens_kv, r.max_seqlen_q, r.max_seqlen_kv}, host, p);
 }
 
-void check_no_slopes(const std::optional<Tensor>& alibi_slopes) {
-  check(!alibi_slopes,
-        "alibi_slopes: expected none on CUDA, where attention_varlen has no ALiBi yet");
-}
-
 std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_kv, const std::optional<Tensor>& kv_start,
@@ -127,13 +122,12 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     std::optional<int64_t> max_seqlen_kv, const std::optional<double>& phi,
     const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table,
     const std::optional<Tensor>& alibi_slopes, bool /*deterministic*/) {
-  check_no_slopes(alibi_slopes);
   check(!block_table,
         "block_table: expected none on CUDA, where attention_varlen has no pages yet");
   const RaggedArgs ragged{cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv};
   const AttentionArgs args{
-      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, kNoTensor, kNoTensor,  check_ragged(ragged, q)};
+      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv,   softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes, check_ragged(ragged, q)};
   CudaAttentionParams p;
   set_cuda_params(p, args);
   set_softmax(p, {phi, phi_heads}, q);
@@ -150,11 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const std::optional<Tensor>& seqlens_kv, double softmax_scale, double softcap, int64_t causal,
     int64_t window_left, int64_t window_right, const std::optional<Tensor>& alibi_slopes,
     bool deterministic) {
-  check_no_slopes(alibi_slopes);
   const RaggedArgs ragged{cu_seqlens_q, cu_seqlens_kv, {}, {}};
   const AttentionArgs args{
-      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv, softmax_scale,
-      softcap, causal, window_left, window_right, kNoTensor, kNoTensor,  check_ragged(ragged, q)};
+      q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv,   softmax_scale,
+      softcap, causal, window_left, window_right, kNoTensor, alibi_slopes, check_ragged(ragged, q)};
   CudaAttentionBwdParams p;
   set_cuda_params(p, args);
   set_results(p, {dout, dlse, out, lse}, args);

@@ -99,9 +99,9 @@ class Executor:
         **arguments,
     ):
         """`flashinfer_lite.attention_varlen` on the executor; the longest sequence is ignored."""
-        arguments, lengths = simt_varlen.split(arguments)
+        arguments, by_sequence = simt_varlen.split(arguments)
         call = _Call(self, *simt_varlen.as_one(q, k, v), arguments)
-        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths)
+        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, **by_sequence)
         name = self.instance or self.module.choose_attention(
             "attention_fwd", NAMES[q.dtype], q.shape[2], v.shape[2], self.device
         )
@@ -125,9 +125,9 @@ class Executor:
         **arguments,
     ):
         """(dq, dk, dv) of `attention_varlen` on the executor."""
-        arguments, lengths = simt_varlen.split(arguments)
+        arguments, by_sequence = simt_varlen.split(arguments)
         call = _BackwardCall(self, *simt_varlen.as_one(q, k, v), arguments)
-        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths)
+        simt_varlen.set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, **by_sequence)
         name = self.instance or self.module.choose_attention(
             "attention_bwd", NAMES[q.dtype], q.shape[2], v.shape[2], self.device
         )
@@ -402,16 +402,21 @@ class _Call:
             x = self._placed("mask", mask)
             steps = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
             p.set_mask((x.data_ptr(), str(x.dtype)[6:], *steps))
-        if alibi_slopes is not None:
-            _check.alibi_slopes(alibi_slopes, q, q.shape[0])
-            x = self.memory.copy_of("alibi_slopes", alibi_slopes)
-            p.set_alibi(x.data_ptr(), *x.stride() if x.dim() == 2 else (0, x.stride(0)))
+        self.set_alibi(alibi_slopes, q, q.shape[0])
         for name, setter in (("kv_start", p.set_kv_start), ("seqlens_kv", p.set_seqlens_kv)):
             x = {"kv_start": kv_start, "seqlens_kv": seqlens_kv}[name]
             if x is not None:
                 _check.lengths(name, x, q, q.shape[0])
                 x = self.memory.copy_of(name, x)
                 setter((x.data_ptr(), x.dtype == torch.int64, x.stride(0)))
+
+    def set_alibi(self, slopes, q, batch_size):
+        if slopes is None:
+            return
+        _check.alibi_slopes(slopes, q, batch_size)
+        x = self.memory.copy_of("alibi_slopes", slopes)
+        strides = x.stride() if x.dim() == 2 else (0, x.stride(0))
+        self.params.set_alibi(x.data_ptr(), *strides)
 
     def add_partials(self, plan):
         p, kv_splits = self.params, plan.kv_splits

@@ -12,13 +12,13 @@ def as_one(*tensors):
 
 
 def split(arguments):
-    """-> (arguments that attention has too, lengths of the sequences)."""
-    names = "kv_start", "seqlens_kv"
-    lengths = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    return {name: x for name, x in arguments.items() if name not in names}, lengths
+    """-> (arguments that are attention's as they are, those with something for each sequence)."""
+    names = "kv_start", "seqlens_kv", "alibi_slopes"
+    by_sequence = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    return {name: x for name, x in arguments.items() if name not in names}, by_sequence
 
 
-def set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths):
+def set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, alibi_slopes=None, **lengths):
     """Completes a call that takes the tensors for those of one sequence."""
     _check.offsets(cu_seqlens_q, cu_seqlens_kv, q)
     sequences, p = len(cu_seqlens_q) - 1, call.params
@@ -29,6 +29,7 @@ def set_ragged(call, q, cu_seqlens_q, cu_seqlens_kv, lengths):
 
     cu = placed("cu_seqlens_q", cu_seqlens_q), placed("cu_seqlens_kv", cu_seqlens_kv)
     p.set_ragged(*cu, sequences)
+    call.set_alibi(alibi_slopes, q, sequences)
     for name, x in lengths.items():
         _check.lengths(name, x, q, sequences)
         if x.numel():

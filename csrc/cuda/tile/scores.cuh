@@ -32,6 +32,8 @@ struct KeySlots {
   __device__ __forceinline__ Visibility visibility(const Params& p) const {
     return visibility(p, p.seqlen_q);
   }
+  // Which of the sequences, where `batch_idx` is which of the batch.
+  __device__ __forceinline__ int sequence_of(int batch_idx) const { return batch_idx; }
 
  protected:
   template <class Params>
@@ -49,7 +51,9 @@ struct KeySlots {
 // The same where each sequence has queries of its own number.
 struct SequenceSlots : KeySlots {
   int seqlen_q;
+  int sequence;
 
+  __device__ __forceinline__ int sequence_of(int) const { return sequence; }
   template <class Params>
   __device__ __forceinline__ Visibility visibility(const Params& p) const {
     return KeySlots::visibility(p, seqlen_q);
@@ -207,15 +211,16 @@ __device__ __forceinline__ void scale_or_cap(float (&s)[kM][kTiles][4], const Pa
 }
 
 // ALiBi, if there is any, on scores in units of log2.
-template <class Params, int kM, int kTiles>
+template <class Params, class Slots, int kM, int kTiles>
 __device__ __forceinline__ void add_alibi(float (&s)[kM][kTiles][4], const Params& p,
-                                          const PackedRows& rows, const KeySlots& slots,
+                                          const PackedRows& rows, const Slots& slots,
                                           const ScoreOrigin& at, int lane) {
   if (p.alibi.slopes == nullptr) return;
   // Opaque: what follows from these is not kept in registers from one block of keys to the next.
   lane = arch::opaque(lane);
-  const int batch_idx = arch::opaque(at.batch_idx);
-  const KeySlots seen{slots.begin, arch::opaque(slots.end)};
+  const int sequence = arch::opaque(slots.sequence_of(at.batch_idx));
+  Slots seen = slots;
+  seen.end = arch::opaque(slots.end);
   const auto diagonal = static_cast<int>(seen.visibility(p).diagonal);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -223,7 +228,7 @@ __device__ __forceinline__ void add_alibi(float (&s)[kM][kTiles][4], const Param
     for (int half = 0; half < 2; ++half) {
       // A row behind the last one has a head all the same.
       const Row row = rows[at.row + m * 16 + half * 8 + lane / 4];
-      const int64_t offset = batch_idx * p.alibi.batch + row.head * p.alibi.head;
+      const int64_t offset = sequence * p.alibi.batch + row.head * p.alibi.head;
       const float slope = arch::ldg(p.alibi.slopes + offset) * static_cast<float>(kLog2E);
       // Of integers: what is near is exact, and what is far is rounded once or twice.
       const auto ahead = static_cast<float>(row.query + diagonal - at.key - lane % 4 * 2);
@@ -257,18 +262,18 @@ __device__ __forceinline__ void add_mask_rows(float (&s)[kM][kTiles][4], const P
 }
 
 // What is added to scaled and capped scores, in units of log2.
-template <class Params, int kM, int kTiles>
+template <class Params, class Slots, int kM, int kTiles>
 __device__ __forceinline__ void add_biases(float (&s)[kM][kTiles][4], const Params& p,
-                                           const PackedRows& rows, const KeySlots& slots,
+                                           const PackedRows& rows, const Slots& slots,
                                            const ScoreOrigin& at, int lane) {
   add_alibi(s, p, rows, slots, at, lane);
   add_mask_rows(s, p, rows, slots, at, lane);
 }
 
 // Scale, softcap, ALiBi and mask, in units of log2.
-template <class Params, int kM, int kTiles>
+template <class Params, class Slots, int kM, int kTiles>
 __device__ __forceinline__ void scale_scores(float (&s)[kM][kTiles][4], const Params& p,
-                                             const PackedRows& rows, const KeySlots& slots,
+                                             const PackedRows& rows, const Slots& slots,
                                              const ScoreOrigin& at, int lane) {
   scale_or_cap(s, p);
   add_biases(s, p, rows, slots, at, lane);
