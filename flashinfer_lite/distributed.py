@@ -11,13 +11,12 @@ docs/distributed.md has the reasons.
 """
 
 import contextlib
-import os
 import sys
 
 import torch
 import torch.distributed as dist
 
-from flashinfer_lite import _ops, _sink, reference
+from flashinfer_lite import _check, _ops, _sink, reference
 
 # exp(lse - phi) below it fits float32 with room for the sum over the ranks. A row that the guard of
 # the kernels lets through is: its maximum is below phi + 44, its keys fewer than 2^30.
@@ -47,24 +46,13 @@ def check_group(group, q):
         )
 
 
-def _wants_checks(q):
-    """On CUDA a check would wait for the device, so it must be asked for."""
-    if torch.is_tensor(q) and q.is_cuda:
-        return _compares_values() and not torch.cuda.is_current_stream_capturing()
-    return True
-
-
-def _compares_values():
-    return os.environ.get("FLASHINFER_LITE_CHECK") == "1"
-
-
 @contextlib.contextmanager
 def refusals_told(group, q):
     """Tell the other ranks of an error raised in here: they wait for this one in `decode`."""
     try:
         yield
     except Exception as error:
-        if _wants_checks(q):
+        if _check.wants_values(q):
             _gather_objects(group, f"{type(error).__name__}: {error}")
         raise
 
@@ -83,7 +71,7 @@ def _decode(
     shared = {"phi": phi[1], "sink": sink, "alibi_slopes": alibi_slopes}
     _agree(group, arguments, block_table, phi, shared, batch_invariant, as_reference)
     here = _on_this_rank(group, arguments, block_table, alibi_slopes)
-    if block_table is not None and _wants_checks(q):
+    if block_table is not None and _check.wants_values(q):
         with refusals_told(group, q):  # only the op knows which pages it reads
             state = run(here, None, None)
         _raise_what_is_told(_gather_objects(group, None))
@@ -96,11 +84,11 @@ def _decode(
 def _agree(group, arguments, block_table, phi, shared, batch_invariant, as_reference):
     """Fail on every rank alike if the ranks do not make the same call."""
     q, k_cache, v_cache, _, _, _, softmax_scale, softcap, causal, *window = arguments
-    if not _wants_checks(q):
+    if not _check.wants_values(q):
         return
     number, heads = phi
     call = [
-        ("FLASHINFER_LITE_CHECK", "setting", _compares_values()),
+        ("FLASHINFER_LITE_CHECK", "setting", _check.compares_values()),
         ("q", "shape", list(q.shape)),
         ("q", "dtype", q.dtype),
         ("k_cache", "num_heads", k_cache.shape[2]),
@@ -117,7 +105,7 @@ def _agree(group, arguments, block_table, phi, shared, batch_invariant, as_refer
         ("batch_invariant", "value", bool(batch_invariant)),
         ("impl", "value", "reference" if as_reference else "a kernel"),
     ]
-    if _compares_values():
+    if _check.compares_values():
         for name, x in {"q": q, **shared}.items():
             call.append((name, "values", None if x is None else f"those of sum {_checksum(x)}"))
     calls = _gather_objects(group, call)

@@ -53,10 +53,12 @@ def attention_varlen(
         kv_start, seqlens_kv: int32 or int64 [batch], counted from the sequence's first key: its
             visible keys are kv_start <= j < seqlens_kv (flash-attn's seqused_k), and bottom-right
             alignment counts from seqlens_kv.
-        block_table: int32 or int64 [batch, pages], for inference, on the CPU. k and v are then
-            pages [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of
-            sequence b are the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of the pages in
-            row b. Entries behind the last key's page may hold anything.
+        block_table: int32 or int64 [batch, pages], for inference. k and v are then pages
+            [num_pages, page_size, num_heads_kv, head_dim or head_dim_v], and the keys of sequence b
+            are the first cu_seqlens_kv[b + 1] - cu_seqlens_kv[b] slots of the pages in row b.
+            Entries behind the last key's page may hold anything. On CUDA the pages of the table are
+            copied first, batch * pages of them; for a few queries a sequence `decode` reads them in
+            place.
         mask: must be None, because the sequences have no common shape. Pad the batch and use
             `attention` for one.
         alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q], as `attention`; a sequence's
@@ -77,8 +79,8 @@ def attention_varlen(
         RuntimeError: for values only the kernel reads (cu_seqlens_q, cu_seqlens_kv, kv_start,
             seqlens_kv, block_table), for a longest sequence beyond max_seqlen_q or max_seqlen_kv,
             for block_table with inputs that require grad, and for alibi_slopes that do.
-        NotImplementedError: for arguments that have not landed, for block_table with CUDA tensors,
-            and for tensors that carry a tangent of forward-mode AD, which impl="reference" has.
+        NotImplementedError: for arguments that have not landed, and for tensors that carry a
+            tangent of forward-mode AD, which impl="reference" has.
 
     Example:
         >>> q = torch.randn(7, 4, 64); k = v = torch.randn(12, 2, 64)
@@ -130,9 +132,14 @@ def attention_varlen(
             return_lse=True,
         )
     else:
-        _check.only_on_cpu(q, block_table=block_table)
         tensors = {"q": q, "k": k, "v": v, "sink": sink, "alibi_slopes": alibi_slopes}
         _check.no_forward_ad("attention_varlen", "; impl='reference' has", **tensors)
+        if block_table is not None and q.is_cuda:
+            pages = cu_seqlens_kv, seqlens_kv, block_table
+            if _check.wants_values(q):
+                _check_values(q, k, cu_seqlens_q, kv_start, scores, longest, *pages)
+            k, v, cu_seqlens_kv, seqlens_kv = _join_pages(k, v, *pages)
+            offsets, longest, block_table = (cu_seqlens_q, cu_seqlens_kv), (None, None), None
         out, lse = _ops.attention_varlen_fwd(
             *(q, k, v, *offsets, kv_start, seqlens_kv, *scores, *longest, *phi, block_table),
             *(alibi_slopes, bool(deterministic)),
@@ -146,6 +153,33 @@ def _unrecorded(*arguments):
     """As in attention: past autograd's detour by Python."""
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.attention_varlen_fwd(*arguments)
+
+
+def _join_pages(k, v, cu_seqlens_kv, seqlens_kv, block_table):
+    """k, v, cu_seqlens_kv and seqlens_kv of a ragged batch that is not in pages: a copy in which
+    each sequence has all slots of its pages, without a word of the device to the host."""
+    slots = block_table.shape[1] * k.shape[1]
+    k, v = (reference.gather_pages(x, block_table).flatten(0, 1) for x in (k, v))
+    lengths = cu_seqlens_kv.diff().clamp(0, slots)
+    if seqlens_kv is not None:
+        lengths = torch.minimum(lengths, seqlens_kv)
+    starts = torch.arange(cu_seqlens_kv.shape[0], device=k.device) * slots
+    return k, v, starts, lengths
+
+
+def _check_values(
+    q, k, cu_seqlens_q, kv_start, scores, longest, cu_seqlens_kv, seqlens_kv, block_table
+):
+    """RuntimeError as on the CPU for wrong offsets, lengths and pages, by a call of one element a
+    head there."""
+    q, k = (torch.zeros(()).expand(*x.shape[:-2], 1, 1) for x in (q, k))
+    offsets_and_lengths = (
+        None if x is None else x.cpu() for x in (cu_seqlens_q, cu_seqlens_kv, kv_start, seqlens_kv)
+    )
+    _ops.attention_varlen_fwd(
+        *(q, k, k, *offsets_and_lengths, *scores, *longest, None, None, block_table.cpu()),
+        *(None, False),
+    )
 
 
 def check_varlen(

@@ -171,7 +171,7 @@ REFUSALS = {
     "pages of varlen": (
         "attention_varlen_fwd",
         {**RAGGED, "block_table": torch.zeros(2, 3, dtype=INT)},
-        "block_table: expected none on CUDA, where attention_varlen has no pages yet",
+        "block_table: expected none on CUDA, where Python's attention_varlen joins the pages",
     ),
     "ALiBi of varlen": (
         "attention_varlen_fwd",

@@ -248,12 +248,41 @@ def values_of_offsets_are_checked():
 
 
 @case()
-def pages_of_a_ragged_batch_are_refused():
-    q, k, v, offsets = make_varlen([3], [4], head_dim=16)
-    pages = {"block_table": torch.zeros(1, 1, dtype=INT), **offsets}
-    message = "block_table: expected None with CUDA tensors, got a tensor of shape .*"
-    call = functools.partial(on_gpu(fi.attention_varlen), q, k[None], v[None], **pages)
-    expect(message, call, NotImplementedError)
+def pages_of_a_ragged_batch():
+    q, k, v, offsets = make_varlen([3, 0, 9], [70, 5, 33], 4, 2, 16, tails=(2, 0))
+    table = torch.randperm(6).view(3, 2)
+    pools = [torch.full((6, 40, *x.shape[1:]), torch.nan) for x in (k, v)]
+    offsets["cu_seqlens_kv"] -= 2
+    for b, (first, end) in enumerate(offsets["cu_seqlens_kv"].unfold(0, 2, 1).tolist()):
+        for x, pool in zip((k[2:], v[2:]), pools, strict=True):
+            for j, slot in enumerate(x[first:end]):
+                pool[table[b, j // 40], j % 40] = slot
+    table[1, 1] = 2**40  # no key is there
+    for lengths in (
+        {},
+        {"seqlens_kv": torch.tensor([60, 5, 0]), "kv_start": torch.tensor([7, 0, 0])},
+    ):
+        check_forward(
+            lambda q, k, v, **given: on_gpu(fi.attention_varlen)(
+                q, *pools, **given, block_table=table
+            ),
+            *(q, k[2:], v[2:]),
+            **offsets,
+            **lengths,
+            causal=True,
+        )
+
+
+@case()
+def values_of_pages_are_checked():
+    q, k, v, offsets = make_varlen([3, 2], [4, 5], head_dim=16)
+    pools = torch.randn(4, 4, *k.shape[1:]), torch.randn(4, 4, *v.shape[1:])
+    table = torch.tensor([[0, 9], [1, 4]])
+    call = functools.partial(on_gpu(fi.attention_varlen), q, *pools, **offsets)
+    message = r"block_table: expected pages in \[0, 4\), got 4 at \[1, 1\]"
+    expect(message, functools.partial(call, block_table=table))
+    message = "cu_seqlens_kv: expected at most 4 keys in each sequence, as many as its pages .* 1"
+    expect(message, functools.partial(call, block_table=table[:, :1]))
 
 
 @case()

@@ -293,7 +293,6 @@ def test_varlen_gradients(device, isa, dtype, batched):
         check_backward(attention_varlen, q, k, v, alibi_slopes=slopes, **offsets, **options)
 
 
-@pytest.mark.cpu_only("attention_varlen takes pages on the CPU alone")
 @all_dtypes
 def test_varlen_unified_and_pages(device, isa, dtype):
     cache = Paged(device, dtype, 16, seqlen_q=2)

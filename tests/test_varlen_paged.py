@@ -10,8 +10,6 @@ from test_varlen import BATCH, FEATURES, all_dtypes, every_feature, on
 from flashinfer_lite import attention_varlen, decode, explain, flash_attn_varlen_func
 from flashinfer_lite.testing import assert_same_bits, check_forward, make_varlen
 
-pytestmark = pytest.mark.cpu_only("pages of a ragged batch are for the CPU")
-
 PAGE_SIZES = [1, 3, 16, 256]
 SPARE_PAGES = 2  # that no table names
 GARBAGE = (-1, 2**31 - 1, -(2**31))

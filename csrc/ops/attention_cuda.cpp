@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const std::optional<Tensor>& phi_heads, const std::optional<Tensor>& block_table,
     const std::optional<Tensor>& alibi_slopes, bool /*deterministic*/) {
   check(!block_table,
-        "block_table: expected none on CUDA, where attention_varlen has no pages yet");
+        "block_table: expected none on CUDA, where Python's attention_varlen joins the pages");
   const RaggedArgs ragged{cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv};
   const AttentionArgs args{
       q,       k,      v,           kNoTensor,    kv_start,  seqlens_kv,   softmax_scale,

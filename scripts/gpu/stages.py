@@ -33,6 +33,7 @@ TEST_FILES = (
     "alibi",
     "varlen",
     "varlen_backward",
+    "varlen_paged",
     "varlen_torch",
     "flat_linear",
     "errors",

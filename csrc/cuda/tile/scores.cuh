@@ -33,7 +33,10 @@ struct KeySlots {
     return visibility(p, p.seqlen_q);
   }
   // Which of the sequences, where `batch_idx` is which of the batch.
-  __device__ __forceinline__ int sequence_of(int batch_idx) const { return batch_idx; }
+  template <class Params>
+  __device__ __forceinline__ int sequence_of(const Params&, int batch_idx) const {
+    return batch_idx;
+  }
 
  protected:
   template <class Params>
@@ -51,9 +54,22 @@ struct KeySlots {
 // The same where each sequence has queries of its own number.
 struct SequenceSlots : KeySlots {
   int seqlen_q;
-  int sequence;
 
-  __device__ __forceinline__ int sequence_of(int) const { return sequence; }
+  // Sought again, since registers are dear: the last that begins no later than its first row,
+  // batch_q, for those without rows may begin there too.
+  template <class Params>
+  __device__ __forceinline__ int sequence_of(const Params& p, int batch_q) const {
+    int low = 0;
+    auto high = static_cast<int>(p.ragged.sequences);
+#pragma unroll 1
+    while (high - low > 1) {
+      const int middle = low + (high - low) / 2;
+      const bool begun = read_length(p.ragged.q, middle, 0) <= batch_q;
+      low = begun ? middle : low;
+      high = begun ? high : middle;
+    }
+    return low;
+  }
   template <class Params>
   __device__ __forceinline__ Visibility visibility(const Params& p) const {
     return KeySlots::visibility(p, seqlen_q);
@@ -218,7 +234,8 @@ __device__ __forceinline__ void add_alibi(float (&s)[kM][kTiles][4], const Param
   if (p.alibi.slopes == nullptr) return;
   // Opaque: what follows from these is not kept in registers from one block of keys to the next.
   lane = arch::opaque(lane);
-  const int sequence = arch::opaque(slots.sequence_of(at.batch_idx));
+  const int batch_idx = arch::opaque(at.batch_idx);
+  const int sequence = p.alibi.batch == 0 ? 0 : slots.sequence_of(p, batch_idx);
   Slots seen = slots;
   seen.end = arch::opaque(slots.end);
   const auto diagonal = static_cast<int>(seen.visibility(p).diagonal);

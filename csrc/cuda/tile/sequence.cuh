@@ -111,9 +111,8 @@ __device__ __forceinline__ auto find_sequence(const Params& p, const Work& work)
     s.block =
         std::min(at.block, kOfKeys ? keys.length / Cfg::block_n + 1 : s.rows / Cfg::block_m + 1);
     s.blocks_before = queries.first * p.group / Cfg::block_m + at.index;
-    const int index = at.index - 1;
-    s.slots = {{0, 0}, queries.length, 0};
-    if (!is_tail) s.slots = {read_key_slots(p, index, keys.length), queries.length, index};
+    s.slots = {{0, 0}, queries.length};
+    if (!is_tail) s.slots = {read_key_slots(p, at.index - 1, keys.length), queries.length};
     return s;
   }
 }
