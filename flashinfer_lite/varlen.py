@@ -170,9 +170,9 @@ def _join_pages(k, v, cu_seqlens_kv, seqlens_kv, block_table):
 def _check_values(
     q, k, cu_seqlens_q, kv_start, scores, longest, cu_seqlens_kv, seqlens_kv, block_table
 ):
-    """RuntimeError as on the CPU for wrong offsets, lengths and pages, by a call of one element a
-    head there."""
-    q, k = (torch.zeros(()).expand(*x.shape[:-2], 1, 1) for x in (q, k))
+    """RuntimeError as on the CPU for wrong offsets, lengths and pages, by a call of one small head
+    there."""
+    q, k = (torch.zeros(8).expand(*x.shape[:-2], 1, 8) for x in (q, k))
     offsets_and_lengths = (
         None if x is None else x.cpu() for x in (cu_seqlens_q, cu_seqlens_kv, kv_start, seqlens_kv)
     )

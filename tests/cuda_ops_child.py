@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import traceback
+from unittest import mock
 
 import torch
 from made_up_gpus import Gpus
@@ -94,9 +95,10 @@ def on_gpu(function, *, device="cuda:0", **bound):
         tensors, arguments = tree_map_only(
             torch.Tensor, lambda x: gpus().put(x, device), (tensors, arguments)
         )
-        return tree_map_only(
-            torch.Tensor, lambda x: x.memory.clone(), function(*tensors, **arguments, **bound)
-        )
+        # A torch without CUDA does not know whether a graph is being captured.
+        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=False):
+            results = function(*tensors, **arguments, **bound)
+        return tree_map_only(torch.Tensor, lambda x: x.memory.clone(), results)
 
     return op
 
