@@ -163,7 +163,7 @@ def _join_pages(k, v, cu_seqlens_kv, seqlens_kv, block_table):
     lengths = cu_seqlens_kv.diff().clamp(0, slots)
     if seqlens_kv is not None:
         lengths = torch.minimum(lengths, seqlens_kv)
-    starts = torch.arange(cu_seqlens_kv.shape[0], device=k.device) * slots
+    starts = torch.full_like(cu_seqlens_kv, slots, dtype=torch.int64).cumsum(0) - slots
     return k, v, starts, lengths
 
 
