@@ -19,6 +19,7 @@ from flashinfer_lite.testing import (
     assert_same_bits,
     check_forward,
     make_qkv,
+    on_device,
 )
 
 # Verbatim from flash_attn/flash_attn_interface.py of 2.8.4.
@@ -171,6 +172,7 @@ def test_gradient_through_lse(device):
 )
 def test_refuses(device, arguments, error, message):
     q, k, v = qkv(device)
+    arguments = {name: on_device(x, device) for name, x in arguments.items()}
     with pytest.raises(error, match=message):
         flash_attn_func(q, k, v, **arguments)
 

@@ -79,6 +79,7 @@ def test_unified_maximum(device, isa, phi):
     assert_same_as_dense(q, k, v, offsets, 16, phi=phi, causal=True)
 
 
+@pytest.mark.cpu_only("CUDA's decode and attention are two kernels, each with its own tiles")
 @all_dtypes
 def test_bits_are_those_of_decode(device, isa, dtype, threads):
     q, k, v, offsets = make_varlen([1, 30, 5], [300, 129, 700], dtype=dtype, device=device)
@@ -232,8 +233,18 @@ def test_compiles_without_a_break(device):
     given = q, pages.k, pages.v, *offsets.values(), pages.table
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
     assert_same_bits(got, step(*given))
+
+
+RAW = pytest.mark.cpu_only("CUDA's op has no pages: Python joins them first")
+
+
+@RAW
+def test_opcheck(device):
+    q, k, v, offsets = make_varlen(*BATCH, device=device)
+    pages = Pages(k, v, offsets["cu_seqlens_kv"], 16)
     scalars = 0.125, 0.0, 1, -1, -1, None, None, None, None
-    torch.library.opcheck(OP, (*given[:5], None, None, *scalars, pages.table))
+    given = q, pages.k, pages.v, *offsets.values(), None, None, *scalars, pages.table
+    torch.library.opcheck(OP, given)
 
 
 def test_inference_only(device):
@@ -251,9 +262,24 @@ def test_inference_only(device):
                 run(**other)
         with torch.no_grad():
             assert_same_bits(run(), wanted)
-        scalars = 0.125, 0.0, 0, -1, -1, None, None, None, None
-        with pytest.raises(RuntimeError, match="^block_table: expected None with inputs that"):
-            OP(*given.values(), *offsets.values(), None, None, *scalars, pages.table)
+
+
+@RAW
+def test_the_op_itself_is_for_inference(device):
+    q, k, v, offsets = make_varlen([2, 3], [40, 60], device=device)
+    pages = Pages(k, v, offsets["cu_seqlens_kv"], 16)
+    scalars = 0.125, 0.0, 0, -1, -1, None, None, None, None
+    with pytest.raises(RuntimeError, match="^block_table: expected None with inputs that"):
+        OP(
+            q.requires_grad_(),
+            pages.k,
+            pages.v,
+            *offsets.values(),
+            None,
+            None,
+            *scalars,
+            pages.table,
+        )
 
 
 @pytest.mark.parametrize(
