@@ -176,7 +176,7 @@ REFUSALS = {
     "ALiBi of varlen": (
         "attention_varlen_fwd",
         {**RAGGED, "alibi_slopes": torch.zeros(3)},
-        "alibi_slopes: expected shape [4] or [1, 4], got [3]",
+        "alibi_slopes: expected shape [4] or [2, 4], got [3]",
     ),
     "offsets": (
         "attention_varlen_fwd",
