@@ -188,12 +188,7 @@ ROWS = [
         allow_spill=Spill(216, "16 words, of ragged batches alone, on sm_90"),
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT,
-        head_dim=128,
-        block_m=32,
-        block_n=64,
-        num_warps=4,
-        num_stages=2,
+        SIXTEEN_BIT, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT,
@@ -205,12 +200,7 @@ ROWS = [
         allow_spill=Spill(32, "two words on sm_90: one is read once or twice a block of rows"),
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT,
-        head_dim=256,
-        block_m=64,
-        block_n=64,
-        num_warps=8,
-        num_stages=1,
+        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=256, block_m=32, block_n=32, num_warps=4, num_stages=1
@@ -233,23 +223,10 @@ ROWS = [
         num_stages=1,
         allow_spill=Spill(32, "two words of queries, four of those of ragged batches, on sm_90"),
     ),
-    *attention_bwd_sm80(
-        FLOAT32,
-        head_dim=256,
-        block_m=16,
-        block_n=16,
-        num_warps=2,
-        num_stages=1,
-    ),
+    *attention_bwd_sm80(FLOAT32, head_dim=256, block_m=16, block_n=16, num_warps=2, num_stages=1),
     *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),
     *decode_sm80(SIXTEEN_BIT, head_dim=128, block_n=16, num_warps=4, num_stages=2),
-    *decode_sm80(
-        SIXTEEN_BIT,
-        head_dim=256,
-        block_n=16,
-        num_warps=2,
-        num_stages=2,
-    ),
+    *decode_sm80(SIXTEEN_BIT, head_dim=256, block_n=16, num_warps=2, num_stages=2),
     *decode_sm80(FLOAT32, head_dim=64, block_n=16, num_warps=4, num_stages=2),
     *decode_sm80(FLOAT32, head_dim=128, block_n=16, num_warps=2, num_stages=2),
     *decode_sm80(FLOAT32, head_dim=256, block_n=16, num_warps=2, num_stages=1),

@@ -8,8 +8,8 @@ return. float32 works too, on the CPU also float64, and head_dim_v may differ fr
 under causal is the formula, where flash-attn adds slope * j: out is the same, but each row's lse is
 not, by slope times the row's position. Slopes that require grad are refused, not ignored.
 
-An argument is applied or refused: what has not landed (dropout, and on CUDA variable lengths)
-raises NotImplementedError with its name.
+An argument is applied or refused: dropout, which has not landed, raises NotImplementedError with
+its name.
 """
 
 import torch

@@ -1,5 +1,4 @@
-// attention_fwd, attention_bwd and attention_varlen_fwd on CUDA devices; attention_varlen_bwd has
-// no kernel there yet and says so.
+// attention_fwd, attention_bwd, attention_varlen_fwd and attention_varlen_bwd on CUDA devices.
 #include <tuple>
 
 #include "ops/attention_varlen.h"
