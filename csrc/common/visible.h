@@ -61,6 +61,14 @@ struct Visibility {
     }
     return range;
   }
+
+  // The rows, of so many, that see all of the keys [first, last), as one range.
+  constexpr QueryRange queries_of_all(int64_t first, int64_t last, int64_t num_rows) const {
+    if (first < kv_begin || last > kv_end) return {0, 0};
+    const int64_t begin = window_right < 0 ? 0 : last - 1 - window_right - diagonal;
+    const int64_t end = window_left < 0 ? num_rows : first + window_left - diagonal + 1;
+    return {std::clamp<int64_t>(begin, 0, num_rows), std::clamp<int64_t>(end, 0, num_rows)};
+  }
 };
 
 }  // namespace flashinfer_lite

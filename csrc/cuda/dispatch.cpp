@@ -153,7 +153,7 @@ void set_derived(CudaAttentionParams& p, ElementType element) {
   constexpr float kMost = std::numeric_limits<float>::max();
   const auto phi = static_cast<float>(std::clamp<double>(p.phi, -kMost, kMost));
   p.phi_log2 = std::clamp(phi * static_cast<float>(kLog2E), -kMost, kMost);
-  p.group = static_cast<int32_t>(p.group_size());
+  p.group = Divisor(static_cast<int32_t>(p.group_size()));
   p.rows = static_cast<int32_t>(p.rows_per_kv_head());
   // float32 too: there a row of one key must give exactly its value, which a scale inside the
   // exponential does not.

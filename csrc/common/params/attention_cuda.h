@@ -1,6 +1,7 @@
 // What one attention call works on when its tensors are in device memory.
 #pragma once
 
+#include "common/divisor.h"
 #include "common/params/attention.h"
 
 namespace flashinfer_lite {
@@ -49,7 +50,7 @@ struct CudaAttentionParams : AttentionFwdParams {
   bool vector_out = false;
 
   // Of the base, as the kernels want them: divided and multiplied once, by the host.
-  int32_t group = 1;         // group_size()
+  Divisor group;             // group_size()
   int32_t rows = 0;          // rows_per_kv_head()
   bool scale_first = false;  // scores are brought to log2 one by one; else by the exponential
   float scale_log2 = 1.f;    // q k^T times this is the score in units of log2, or, with a softcap,

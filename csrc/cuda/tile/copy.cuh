@@ -1,8 +1,9 @@
 // Global memory -> shared memory, by rows.
 //
 // A source says where a row is and whether it exists: `const Element* row(int r)`, `bool valid(int
-// r)`, and whether rows lie evenly: `Element* next(Element* row, int r, int rows_on)` goes from row
-// r to row r + rows_on. Rows that do not exist and columns beyond `cols` are zero in the tile.
+// r)`; and whether rows that are so many apart lie evenly, `bool evenly(int rows_on)`, so that an
+// addition leads from one to the next: `Element* next(Element* row, int rows_on)`. Rows that do not
+// exist and columns beyond `cols` are zero in the tile.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +23,8 @@ struct KvRows {
   __device__ __forceinline__ const Element* row(int r) const {
     return head + int64_t{first + r} * stride;
   }
-  // An addition, where row() is a 64-bit product.
-  __device__ __forceinline__ const Element* next(const Element* at, int, int rows_on) const {
+  static __device__ __forceinline__ bool evenly(int) { return true; }
+  __device__ __forceinline__ const Element* next(const Element* at, int rows_on) const {
     return at + rows_on * stride;
   }
   __device__ __forceinline__ bool valid(int r) const { return first + r < end; }
@@ -71,9 +72,8 @@ struct PagedRows {
     return cache + int64_t{arch::shfl(own.page, r)} * page_stride +
            int64_t{arch::shfl(own.slot, r)} * stride;
   }
-  __device__ __forceinline__ const Element* next(const Element*, int r, int rows_on) const {
-    return row(r + rows_on);
-  }
+  static __device__ __forceinline__ bool evenly(int) { return false; }
+  __device__ __forceinline__ const Element* next(const Element* at, int) const { return at; }
   __device__ __forceinline__ bool valid(int r) const { return r < count; }
 };
 
@@ -109,14 +109,21 @@ __device__ __forceinline__ void load_rows(const Tile& tile, const Source& source
     const int first_row = arch::opaque(thread / Tile::chunks);
     const int first_chunk = thread % Tile::chunks;
     auto* at = source.row(first_row);
+    const auto copy_all = [&](auto next) {
 #pragma unroll
-    for (int i = 0; i < kChunks / kThreads; ++i) {
-      const int row = first_row + i / kTurns * kRowsOn;
-      const int c = first_chunk + i % kTurns * kThreads;
-      const int col = c * Tile::chunk_elements;
-      const bool inside = arch::predicate(source.valid(row) && col < cols);
-      arch::cp_async_16(tile.chunk(row, c), at + col, inside ? 16 : 0);
-      if ((i + 1) % kTurns == 0) at = source.next(at, row, kRowsOn);
+      for (int i = 0; i < kChunks / kThreads; ++i) {
+        const int row = first_row + i / kTurns * kRowsOn;
+        const int c = first_chunk + i % kTurns * kThreads;
+        const int col = c * Tile::chunk_elements;
+        const bool inside = arch::predicate(source.valid(row) && col < cols);
+        arch::cp_async_16(tile.chunk(row, c), at + col, inside ? 16 : 0);
+        if ((i + 1) % kTurns == 0) at = next(row + kRowsOn);
+      }
+    };
+    if (source.evenly(kRowsOn)) {
+      copy_all([&](int) { return source.next(at, kRowsOn); });
+    } else {
+      copy_all([&](int row) { return source.row(row); });
     }
     return;
   }

@@ -50,16 +50,18 @@ template <class Tile, int kM, int kTiles>
 __device__ __forceinline__ void stage(const float (&o)[kM][kTiles][4], const Tile& tile, int row,
                                       int col, int lane) {
   using Element = typename Tile::Element;
+  // Opaque, or a loop around would keep every address below in a register of its own.
+  const uint32_t first = arch::opaque(tile.at(row + lane / 4, col + lane % 4 * 2));
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = row + m * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const float low = o[m][n][2 * half];
         const float high = o[m][n][2 * half + 1];
-        const uint32_t address = tile.at(r, col + n * 8 + lane % 4 * 2);
+        const uint32_t address =
+            Tile::advance(first, m * 16 + half * 8, n * (8 / Tile::chunk_elements));
         if constexpr (sizeof(Element) == 4) {
           arch::sts(address, Float2{low, high});
         } else {

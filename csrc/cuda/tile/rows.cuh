@@ -1,8 +1,9 @@
 // Which query and head a row is. The query heads that share a KV head are packed into the rows, so
-// that each key is read once for all of them: row r of a KV head is query r / group_size of head
-// head_kv * group_size + r % group_size.
+// that each key is read once for all of them: row r of a KV head is query r / group of head
+// head_kv * group + r % group.
 #pragma once
 
+#include "common/divisor.h"
 #include "cuda/arch/arch.cuh"
 
 namespace flashinfer_lite::tile {
@@ -14,14 +15,12 @@ struct Row {
 
 struct PackedRows {
   int head_kv;
-  int group_size;
-  int rows;  // of the KV head: seqlen_q * group_size
+  Divisor group;
+  int rows;  // of the KV head: seqlen_q * group
 
   __device__ __forceinline__ Row operator[](int r) const {
-    const auto packed = static_cast<uint32_t>(r);
-    const auto group = static_cast<uint32_t>(group_size);
-    return {static_cast<int>(packed / group),
-            head_kv * group_size + static_cast<int>(packed % group)};
+    const int query = group.divide(r);
+    return {query, (head_kv - query) * group.value + r};
   }
 };
 
@@ -39,11 +38,12 @@ struct PackedRowView {
     const Row at = rows[first + r];
     return sequence + at.query * stride_query + at.head * stride_head;
   }
-  // Whole groups further lie the same head's later queries, an addition away.
-  __device__ __forceinline__ Element* next(Element* at, int r, int rows_on) const {
-    const int queries_on = rows_on / rows.group_size;
-    if (queries_on * rows.group_size == rows_on) return at + queries_on * stride_query;
-    return row(r + rows_on);
+  // Whole groups further lie the same head's later queries.
+  __device__ __forceinline__ bool evenly(int rows_on) const {
+    return rows.group.divide(rows_on) * rows.group.value == rows_on;
+  }
+  __device__ __forceinline__ Element* next(Element* at, int rows_on) const {
+    return at + rows.group.divide(rows_on) * stride_query;
   }
   __device__ __forceinline__ bool valid(int r) const { return first + r < rows.rows; }
 };

@@ -98,19 +98,19 @@ __device__ __forceinline__ auto find_sequence(const Params& p, const Work& work)
     const Edges q{p.ragged.q, sequences, static_cast<int>(p.seqlen_q)};
     const Edges kv{p.ragged.kv, sequences, static_cast<int>(p.seqlen_kv)};
     const RaggedBlock at = kOfKeys ? find_block(kv, 1, Cfg::block_n, work.m_block)
-                                   : find_block(q, p.group, Cfg::block_m, work.m_block);
+                                   : find_block(q, p.group.value, Cfg::block_m, work.m_block);
     const bool is_tail = at.index == 0 || at.index == sequences + 1;
     const Span queries = is_tail && kOfKeys ? Span{0, 0} : span_of(q, at.index);
     const Span keys = is_tail && !kOfKeys ? Span{0, 0} : span_of(kv, at.index);
     Sequence<SequenceSlots> s;
     s.batch_q = queries.first;
     s.batch_kv = keys.first;
-    s.rows = queries.length * p.group;
+    s.rows = queries.length * p.group.value;
     s.seqlen_kv = keys.length;
     // Wrong offsets may leave any number of blocks over; their rows must count with 32 bits.
     s.block =
         std::min(at.block, kOfKeys ? keys.length / Cfg::block_n + 1 : s.rows / Cfg::block_m + 1);
-    s.blocks_before = queries.first * p.group / Cfg::block_m + at.index;
+    s.blocks_before = queries.first * p.group.value / Cfg::block_m + at.index;
     s.slots = {{0, 0}, queries.length};
     if (!is_tail) s.slots = {read_key_slots(p, at.index - 1, keys.length), queries.length};
     return s;

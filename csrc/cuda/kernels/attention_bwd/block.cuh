@@ -80,7 +80,8 @@ struct SlotRows {
   __device__ __forceinline__ Element* row(int r) const {
     return head + int64_t{first + r} * stride;
   }
-  __device__ __forceinline__ Element* next(Element* at, int, int rows_on) const {
+  static __device__ __forceinline__ bool evenly(int) { return true; }
+  __device__ __forceinline__ Element* next(Element* at, int rows_on) const {
     return at + rows_on * stride;
   }
   __device__ __forceinline__ bool valid(int r) const {
@@ -153,10 +154,14 @@ struct RowBlock {
 };
 
 // A walk over blocks [first, last) through a ring of kStages places in shared memory:
-// load(block, stage) starts copies, step(block, stage) finds them landed for all.
-template <int kStages, class Load, class Step>
+// load(block, stage) starts copies, step(block, stage, load_rest) finds them landed for all. With
+// two stages the copies of the block to come are started before the step by kEarlyThreads, and by
+// the others where the step calls load_rest(): their addresses are computed beside the products of
+// the former, which else all warps would wait to begin with.
+template <int kStages, int kThreads, int kEarlyThreads, class Load, class Step>
 __device__ __forceinline__ void walk(int first, int last, const Load& load, const Step& step) {
   static_assert(kStages == 1 || kStages == 2, "one place, or one to compute from and one to fill");
+  const bool is_early = kEarlyThreads == kThreads || arch::thread_idx() < kEarlyThreads;
   int stage = 0;
   load(first, stage);
   arch::cp_async_commit();
@@ -164,11 +169,13 @@ __device__ __forceinline__ void walk(int first, int last, const Load& load, cons
   for (int block = first; block < last; ++block) {
     arch::cp_async_wait<0>();
     arch::sync_threads();  // the block has landed for all; no warp reads the one before any more
-    if (kStages == 2 && block + 1 < last) {
+    const auto load_ahead = [&](bool mine) {
+      if (kStages == 1 || !mine || block + 1 == last) return;
       load(block + 1, 1 - stage);
       arch::cp_async_commit();
-    }
-    step(block, stage);
+    };
+    load_ahead(is_early);
+    step(block, stage, [&] { load_ahead(!is_early); });
     if (kStages == 2) stage = 1 - stage;
     if (kStages == 1 && block + 1 < last) {
       arch::sync_threads();  // no warp reads the block any more

@@ -36,6 +36,9 @@ struct KeysTraits : Sizes<Cfg> {
 
   static constexpr int smem_bytes =
       2 * KeyTile::bytes + 2 * ScoreTile::bytes + Cfg::num_stages * RowBlock<Cfg>::bytes;
+  // Who loads ahead of a step. Two thread blocks on a multiprocessor, of four warps each, are out
+  // of step anyway.
+  static constexpr int early_threads = Cfg::num_warps > 4 ? num_threads / 2 : num_threads;
   // Eight warps on a multiprocessor have 255 registers a thread.
   static constexpr int blocks_per_sm = std::max(8 / Cfg::num_warps, 1);
 };
@@ -187,8 +190,8 @@ __global__ void __launch_bounds__(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>:
   const KeysBlock<Cfg> b(p, tile::find_sequence<Cfg, true>(p, work), work.head_kv);
   if (Cfg::ragged && b.first_key >= b.keys()) return;  // nobody needs the block
   const Visibility visible = b.slots.visibility(p);
-  const QueryRange queries =
-      visible.queries(b.first_key, int64_t{b.first_key} + Cfg::block_n, b.queries());
+  const int64_t end_key = int64_t{b.first_key} + Cfg::block_n;
+  const QueryRange queries = visible.queries(b.first_key, end_key, b.queries());
   typename T::KeyGradient dk, dv;
   tile::clear(dk);
   tile::clear(dv);
@@ -200,29 +203,33 @@ __global__ void __launch_bounds__(KeysTraits<Cfg>::num_threads, KeysTraits<Cfg>:
     tile::load_rows<T::num_threads>(
         b.v(), slot_rows<Element>(p.v, b.batch_kv, work.head_kv, b.first_key, b.slots),
         static_cast<int>(p.head_dim_v), p.vector_v, thread);
+    // The rows that see every one of the keys, unless their scores want more than a scale.
+    const QueryRange full = visible.queries_of_all(b.first_key, end_key, b.queries());
+    const int first_full = static_cast<int>(full.begin) * p.group.value;
+    const int end_full = p.scale_first ? 0 : static_cast<int>(full.end) * p.group.value;
     const auto load = [&](int block, int stage) {
       b.row_block(stage).template load<T::num_threads>(b.h, block * Cfg::block_m);
     };
-    const auto step = [&](int block, int stage) {
+    const auto step = [&](int block, int stage, const auto& load_rest) {
       const RowBlock<Cfg> rows = b.row_block(stage);
       const int first_row = block * Cfg::block_m;
-      rows.template drop_rows_without_keys<T::num_threads>();
       const int last_row = std::min(first_row + Cfg::block_m, b.h.rows.rows) - 1;
-      if (!p.scale_first && see_all(b.slots.visibility(p), b.h.rows[first_row].query,
-                                    b.h.rows[last_row].query, b.first_key, Cfg::block_n)) {
+      if (first_row >= first_full && last_row < end_full) {
         make_scores<false>(b, rows, first_row);
       } else {
+        rows.template drop_rows_without_keys<T::num_threads>();
         make_scores<true>(b, rows, first_row);
       }
       arch::sync_threads();  // P and dS of every warp are there
+      load_rest();
       tile::xty_gemm(b.p_tile(), b.kv_key(), rows.dout(), b.kv_column(), dv, b.lane);
       tile::xty_gemm(b.ds_tile(), b.kv_key(), rows.q(), b.kv_column(), dk, b.lane);
       if (p.dq_accum != nullptr) add_dq(b, first_row);
     };
-    const int first_row = static_cast<int>(queries.begin) * p.group;
-    const int end_row = static_cast<int>(queries.end) * p.group;
-    walk<Cfg::num_stages>(first_row / Cfg::block_m, (end_row + Cfg::block_m - 1) / Cfg::block_m,
-                          load, step);
+    const int first_row = static_cast<int>(queries.begin) * p.group.value;
+    const int end_row = static_cast<int>(queries.end) * p.group.value;
+    walk<Cfg::num_stages, T::num_threads, T::early_threads>(
+        first_row / Cfg::block_m, (end_row + Cfg::block_m - 1) / Cfg::block_m, load, step);
     arch::sync_threads();  // no warp reads K any more
   }
   const KeysBlock<Cfg> after = b.afresh();

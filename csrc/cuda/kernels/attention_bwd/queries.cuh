@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(QueriesTraits<Cfg>::num_threads)
           v(stage), slot_rows<Element>(p.v, sequence.batch_kv, work.head_kv, first_key, slots),
           static_cast<int>(p.head_dim_v), p.vector_v, arch::thread_idx());
     };
-    const auto step = [&](int block, int stage) {
+    const auto step = [&](int block, int stage, const auto&) {
       if (block == first_block) rows.template drop_rows_without_keys<T::num_threads>();
       typename T::Scores s, ds;
       tile::clear(s);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(QueriesTraits<Cfg>::num_threads)
         tile::pv_gemm(ds, k(stage), dq, lane);
       }
     };
-    walk<Cfg::num_stages>(first_block, last_block, load, step);
+    walk<Cfg::num_stages, T::num_threads, T::num_threads>(first_block, last_block, load, step);
   }
   if (of_mask) return;
   arch::sync_warp();  // the epilogue passes through the warp's own rows of Q
