@@ -1,11 +1,9 @@
-"""Cases of test_cuda_ops.py besides those of cuda_ops_child.py: the attention sink; flat_linear,
-and its tickets."""
+"""Cases of test_cuda_ops.py: the attention sink; flat_linear, and its tickets."""
 
 import struct
 
 import torch
-from cuda_ops_child import (
-    CASES,
+from cuda_child import (
     NO_STREAM,
     SHAPE,
     STREAMS,
@@ -15,14 +13,12 @@ from cuda_ops_child import (
     launched,
     on_gpu,
     put,
-    serve,
 )
 from test_flat_linear import check, make
 
 import flashinfer_lite as fi
 from flashinfer_lite.testing import assert_same_bits, check_forward, make_qkv
 
-__all__ = ["CASES", "serve"]
 OPS = torch.ops.flashinfer_lite
 # N and K that the host code cuts in two; and what it does not cut.
 SPLIT, WHOLE = (70, 1100), (70, 200)

@@ -1,15 +1,14 @@
 """The CUDA ops themselves, on made-up GPUs: checks, allocation, devices, streams, splits, errors.
 
 Their kernels run on the executor, and a result counts only if the executor found nothing. The cases
-are in cuda_ops_child.py and cuda_flat_child.py, and run in a child process: one for each worker of
-pytest-xdist.
+are what cuda_cases.py imports, and run in a child process: one for each worker of pytest-xdist.
 """
 
 import json
 import select
 
 import pytest
-from cuda_flat_child import CASES
+from cuda_cases import CASES
 from made_up_gpus import start
 
 TIMEOUT_S = 300  # of a case that takes seconds: a kernel that hangs does not hang the tests
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.cpu_only("the executor runs kernels on the CPU")
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
-    with start(folder, "import cuda_flat_child; cuda_flat_child.serve()") as process:
+    with start(folder, "import cuda_cases; cuda_cases.serve()") as process:
         yield process
         process.stdin.close()
 
