@@ -151,16 +151,9 @@ ROWS = [
         block_m=128,
         block_n=32,
         num_warps=4,
-        allow_spill=Spill(796, "28 words on sm_80, eight on sm_90, of ragged batches alone"),
+        allow_spill=Spill(100, "12 words, of ragged batches alone"),
     ),
-    *attention_fwd_sm80(
-        SIXTEEN_BIT,
-        head_dim=256,
-        block_m=64,
-        block_n=64,
-        num_warps=4,
-        allow_spill=Spill(672, "28 words on sm_80, 14 on sm_90, of ragged batches alone"),
-    ),
+    *attention_fwd_sm80(SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=4),
     *attention_fwd_sm80(
         SIXTEEN_BIT,
         head_dim=256,
@@ -168,7 +161,7 @@ ROWS = [
         block_n=64,
         num_warps=8,
         allow_spill=Spill(
-            264, "eight words, of ragged batches 16: of the eight two are read once a key block"
+            188, "16 words of ragged batches on sm_80; on sm_90 11, and 12 of ragged ones"
         ),
     ),
     *attention_fwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4),
@@ -185,10 +178,13 @@ ROWS = [
         block_n=128,
         num_warps=8,
         num_stages=2,
-        allow_spill=Spill(216, "16 words, of ragged batches alone, on sm_90"),
+        allow_spill=Spill(248, "21 words, of ragged batches alone, on sm_80"),
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2
+    ),
+    *attention_bwd_sm80(
+        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=2
     ),
     *attention_bwd_sm80(
         SIXTEEN_BIT,
@@ -196,24 +192,19 @@ ROWS = [
         block_m=64,
         block_n=64,
         num_warps=8,
-        num_stages=2,
-        allow_spill=Spill(32, "two words on sm_90: one is read once or twice a block of rows"),
+        num_stages=1,
+        allow_spill=Spill(28, "three words of queries of ragged batches; on sm_80 two of keys"),
     ),
     *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=256, block_m=64, block_n=64, num_warps=8, num_stages=1
-    ),
-    *attention_bwd_sm80(
-        SIXTEEN_BIT, head_dim=256, block_m=32, block_n=32, num_warps=4, num_stages=1
-    ),
-    *attention_bwd_sm80(
-        FLOAT32,
-        head_dim=64,
-        block_m=64,
-        block_n=64,
+        SIXTEEN_BIT,
+        head_dim=256,
+        block_m=32,
+        block_n=32,
         num_warps=4,
         num_stages=1,
-        allow_spill=Spill(16, "two words of the queries pass of ragged batches, on sm_80"),
+        allow_spill=Spill(76, "of queries: six words of ragged batches, on sm_90 eight of dense"),
     ),
+    *attention_bwd_sm80(FLOAT32, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=1),
     *attention_bwd_sm80(
         FLOAT32,
         head_dim=128,
@@ -221,7 +212,7 @@ ROWS = [
         block_n=32,
         num_warps=4,
         num_stages=1,
-        allow_spill=Spill(32, "two words of queries, four of those of ragged batches, on sm_90"),
+        allow_spill=Spill(32, "four words of queries of ragged batches, on sm_90"),
     ),
     *attention_bwd_sm80(FLOAT32, head_dim=256, block_m=16, block_n=16, num_warps=2, num_stages=1),
     *decode_sm80(SIXTEEN_BIT, head_dim=64, block_n=32, num_warps=4, num_stages=2),

@@ -1,6 +1,7 @@
 """The host's choices for the CUDA kernels: pure functions, asked about devices that nobody owns."""
 
 import pytest
+import torch
 from cuda_coverage import ROWS
 
 from flashinfer_lite.testing import simt
@@ -135,6 +136,18 @@ def test_heads_per_section(device, module, l2_mib):
             assert n == 1 or n * bytes_per_head <= l2 * 5 // 8
             assert n == heads or (n + 1) * bytes_per_head > l2 * 5 // 8
     assert module.heads_per_section(0, 2**20, l2) == 1
+
+
+def test_division_by_multiplication(device, module):
+    """Exact for every dividend of 31 bits: at multiples and beside them, and anywhere."""
+    most = 2**31 - 1
+    divisors = [*range(1, 300), 2**15 - 1, 2**15 + 1, 2**30 - 1, 2**30, 2**30 + 1, most]
+    for divisor in divisors:
+        multiples = {k * divisor for k in (0, 1, 2, 1000, 2**20, most // divisor)}
+        drawn = torch.randint(most, (50,)).tolist()
+        for n in {most, *drawn, *(m + e for m in multiples for e in (-1, 0, 1))}:
+            if 0 <= n <= most:
+                assert module.divide(n, divisor) == n // divisor, (n, divisor)
 
 
 KERNELS = ("attention_fwd", "attention_bwd", "decode")

@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "common/divisor.h"
 #include "common/heuristics.h"
 #include "cuda/dispatch.h"
 #include "simt/arguments.h"
@@ -200,6 +201,7 @@ void bind_choices(py::module_& m) {
   m.def("cuda_kv_splits", &cuda_kv_splits, py::arg("work"), py::arg("slots"), py::arg("longest"));
   m.def("heads_per_section", &heads_per_section, py::arg("heads"), py::arg("bytes_per_head"),
         py::arg("l2_bytes"));
+  m.def("divide", [](int32_t n, int32_t divisor) { return Divisor(divisor).divide(n); });
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ __device__ __forceinline__ void stage(const float (&o)[kM][kTiles][4], const Til
 template <class Tile, class Target>
 __device__ __forceinline__ void copy_rows(const Tile& tile, int row, int rows, const Target& target,
                                           int cols, bool vector, int thread, int threads) {
-#pragma unroll 1
+#pragma unroll 4
   for (int i = thread; i < rows * Tile::chunks; i += threads) {
     const int r = row + i / Tile::chunks;
     const int col = i % Tile::chunks * Tile::chunk_elements;

@@ -16,14 +16,15 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823
 
 template <int kM, int kTiles>
 __device__ __forceinline__ bool all_finite(const float (&acc)[kM][kTiles][4]) {
-  float probe = 0.f;  // 0 * x is 0 for finite x and NaN otherwise
+  // 0 * x is 0 for finite x and NaN otherwise. Four sums: one would be a chain of all the latencies.
+  float probe[4] = {};
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) probe = fmaf(acc[m][n][e], 0.f, probe);
-  return probe == 0.f;
+      for (int e = 0; e < 4; ++e) probe[e] = fmaf(acc[m][n][e], 0.f, probe[e]);
+  return probe[0] + probe[1] + (probe[2] + probe[3]) == 0.f;
 }
 
 // Two neighbouring elements of a tile, as floats.

@@ -301,6 +301,8 @@ template <class Params, class Slots, int kM, int kTiles>
 __device__ __forceinline__ void hide_scores(float (&s)[kM][kTiles][4], const Params& p,
                                             const PackedRows& rows, const Slots& slots,
                                             const ScoreOrigin& at, int lane) {
+  // Opaque: what follows from it is not kept in registers from one block of keys to the next.
+  lane = arch::opaque(lane);
   const Visibility visible = slots.visibility(p);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {

@@ -91,7 +91,6 @@ struct Block {
   __device__ __forceinline__ Block afresh() const {
     Block b = *this;
     b.lane = arch::opaque(lane);
-    if (!Cfg::ragged) return b;  // a register less
     b.batch_q = arch::opaque(batch_q);
     b.first_row = arch::opaque(first_row);
     b.rows.head_kv = arch::opaque(rows.head_kv);
