@@ -16,7 +16,8 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823
 
 template <int kM, int kTiles>
 __device__ __forceinline__ bool all_finite(const float (&acc)[kM][kTiles][4]) {
-  // 0 * x is 0 for finite x and NaN otherwise. Four sums: one would be a chain of all the latencies.
+  // 0 * x is 0 for finite x and NaN otherwise. Four sums: one would be a chain of all the
+  // latencies.
   float probe[4] = {};
 #pragma unroll
   for (int m = 0; m < kM; ++m)
