@@ -300,11 +300,11 @@ def flat(run: Run, seconds: float) -> dict:
 
 # name -> (stage, seconds): together the nine minutes that one call may take.
 STAGES = {
-    "doctor": (doctor, 40),
-    "tests": (tests, 190),
-    "golden": (golden, 60),
-    "sanitizer": (sanitizer, 80),
-    "graph": (graph, 40),
-    "flat": (flat, 40),
+    "doctor": (doctor, 30),
+    "tests": (tests, 170),
+    "golden": (golden, 30),
+    "sanitizer": (sanitizer, 165),
+    "graph": (graph, 25),
+    "flat": (flat, 30),
     "bench": (bench, 90),
 }
