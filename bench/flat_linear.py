@@ -20,8 +20,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # built but not installe
 import machine  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from timing import quantile  # noqa: E402
 
-from bench import quantile, write  # noqa: E402
+from bench import write  # noqa: E402
 from flashinfer_lite import flat_linear, reference  # noqa: E402
 from flashinfer_lite.testing import assert_close  # noqa: E402
 

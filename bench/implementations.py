@@ -6,6 +6,7 @@ Each way that it knows to share K and V among a group's heads is an implementati
     sdpa-gqa       enable_gqa=True
     sdpa-packed    the group packed by hand into the query rows (one row per query: decode only)
     sdpa-expanded  K and V repeated for every query head beforehand (attention, attention_bwd)
+    ...-each       one call for each sequence of a padded batch, instead of one with a bool mask
 
 On a GPU each of torch's kernels is asked for by name instead, with K and V shared by enable_gqa or,
 in decode, packed too: sdpa-flash, sdpa-efficient, sdpa-cudnn, sdpa-flash-packed and so on.
@@ -77,10 +78,15 @@ def _bshd(t: torch.Tensor) -> torch.Tensor:
 
 def _sdpa_mask(shape: Shape, device: torch.device) -> dict:
     """Return SDPA's way to say what the shape masks: a flag, nothing, or a dense bool mask."""
-    if shape.window_left >= 0:
-        window = (shape.window_left, 0 if shape.causal else -1)
+    if shape.window_left >= 0 or shape.lengths:
         visible = reference.visible_keys(
-            1, shape.seqlen_q, shape.seqlen_kv, causal=shape.causal, window=window, device=device
+            shape.batch_size if shape.lengths else 1,
+            shape.seqlen_q,
+            shape.seqlen_kv,
+            causal=shape.causal,
+            window=window_of(shape),
+            seqlens_kv=torch.tensor(shape.lengths, device=device) if shape.lengths else None,
+            device=device,
         )
         return {"attn_mask": visible}
     return {"is_causal": shape.causal and shape.seqlen_q > 1}
@@ -109,11 +115,13 @@ def candidates(
         return {c.name: c for c in _backward(shape, q, k, v, dout, rivals)}
     ways = {
         ("attention", "cpu"): _forward,
+        ("window", "cpu"): _our_forward,
         ("attention", "gpu"): _forward_on_gpu,
         ("decode", "cpu"): functools.partial(_decode, copies=copies),
         ("decode", "gpu"): functools.partial(_decode_on_gpu, copies=copies, op=op),
     }
-    way = ways["attention" if op == "attention" else "decode", peers]
+    kind = {"overhead": "decode", "padded": "attention"}.get(op, op)
+    way = ways[kind, peers]
     return {c.name: c for c in way(shape, q, k, v)}
 
 
@@ -141,35 +149,56 @@ def copies_for_cold(shape: Shape, dtype: torch.dtype, cache_bytes: int) -> int:
 
 
 def window_of(shape: Shape) -> tuple[int, int]:
-    return (shape.window_left, 0) if shape.window_left >= 0 else (-1, -1)
+    """Return the window of `attention`, which looks ahead only where the shape does."""
+    if shape.window_left < 0:
+        return -1, -1
+    return shape.window_left, 0 if shape.causal else -1
 
 
-def _forward(shape: Shape, q, k, v):
-    mask = _sdpa_mask(shape, q.device)
+def _our_forward(shape: Shape, q, k, v):
     options = {"causal": shape.causal, "window": window_of(shape)}
+    if shape.lengths:
+        options["seqlens_kv"] = torch.tensor(shape.lengths, device=q.device)
 
     def ours():
         return flashinfer_lite.attention(q, k, v, **options)
 
     explain = functools.partial(flashinfer_lite.explain, "attention", q, k, v, **options)
     yield Candidate("ours", ours, lambda: (ours(),), explain)
+
+
+def _forward(shape: Shape, q, k, v):
+    yield from _our_forward(shape, q, k, v)
     qh, kh, vh = _bhsd(q), _bhsd(k), _bhsd(v)
     gqa = shape.group_size > 1
-
-    def sdpa():
-        return F.scaled_dot_product_attention(qh, kh, vh, enable_gqa=gqa, **mask)
-
-    yield Candidate("sdpa-gqa" if gqa else "sdpa", sdpa, lambda: (_bshd(sdpa()),))
+    yield from _sdpa_forward("sdpa-gqa" if gqa else "sdpa", shape, qh, kh, vh, gqa)
     if ("attention", shape.name) in COMPILED:
         flex = _flex(shape, q.device, gqa)
         yield Candidate("flex", lambda: flex(qh, kh, vh), lambda: (_bshd(flex(qh, kh, vh)),))
     if gqa:
         ke, ve = (t.repeat_interleave(shape.group_size, 1) for t in (kh, vh))
+        yield from _sdpa_forward("sdpa-expanded", shape, qh, ke, ve, False)
 
-        def expanded():
-            return F.scaled_dot_product_attention(qh, ke, ve, **mask)
 
-        yield Candidate("sdpa-expanded", expanded, lambda: (_bshd(expanded()),))
+def _sdpa_forward(name: str, shape: Shape, q, k, v, gqa: bool):
+    """SDPA on the whole batch and, where it is padded, on each sequence's own keys too."""
+    mask = _sdpa_mask(shape, q.device)
+
+    def whole():
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **mask)
+
+    yield Candidate(name, whole, lambda: (_bshd(whole()),))
+    if not shape.lengths:
+        return
+    parts = [
+        (q[i : i + 1], k[i : i + 1, :, :keys], v[i : i + 1, :, :keys])
+        for i, keys in enumerate(shape.lengths)
+    ]
+
+    def each():
+        return [F.scaled_dot_product_attention(*part, enable_gqa=gqa) for part in parts]
+
+    yield Candidate(f"{name}-each", each, lambda: (_bshd(torch.cat(each())),))
 
 
 def _on(backend: SDPBackend, *tensors, **options):
@@ -195,14 +224,8 @@ def _flex(shape: Shape, device: torch.device, gqa: bool) -> Callable:
 
 def _forward_on_gpu(shape: Shape, q, k, v):
     mask = _sdpa_mask(shape, q.device)
-    options = {"causal": shape.causal, "window": window_of(shape)}
     gqa = shape.group_size > 1
-
-    def ours():
-        return flashinfer_lite.attention(q, k, v, **options)
-
-    explain = functools.partial(flashinfer_lite.explain, "attention", q, k, v, **options)
-    yield Candidate("ours", ours, lambda: (ours(),), explain)
+    yield from _our_forward(shape, q, k, v)
     qh, kh, vh = _bhsd(q), _bhsd(k), _bhsd(v)
     runs = {
         name: functools.partial(_on, backend, qh, kh, vh, enable_gqa=gqa, **mask)

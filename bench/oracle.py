@@ -47,7 +47,9 @@ def check(
         batches, groups = {0, shape.batch_size - 1}, {0, shape.num_heads_kv - 1}
         parts = [(b, g) for b, g in parts if b in batches and g in groups]
     for sequence, group in parts:
-        for label, answers in compare(_Part(shape, sequence, group), inputs, results):
+        for label, answers in compare(
+            _Part(shape.sequence(sequence), sequence, group), inputs, results
+        ):
             for name, tensor in answers.items():
                 pieces.setdefault(label, {}).setdefault(name, []).append(tensor.flatten())
     wrong = {}
@@ -83,7 +85,7 @@ def _yardstick(whole: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """One KV head of one sequence, with its group of query heads."""
+    """One KV head of one sequence, with its group of query heads; ``shape`` is the sequence's."""
 
     shape: Shape
     sequence: int
@@ -95,7 +97,8 @@ class _Part:
         return t[self.sequence : self.sequence + 1, :, heads]
 
     def of_keys(self, t: torch.Tensor) -> torch.Tensor:
-        return t[self.sequence : self.sequence + 1, :, self.group : self.group + 1]
+        keys = slice(0, self.shape.seqlen_kv)
+        return t[self.sequence : self.sequence + 1, keys, self.group : self.group + 1]
 
     @property
     def masking(self) -> dict:

@@ -10,13 +10,18 @@ OTHER_COLOURS = {"sdpa-packed": "#4f6272", "sdpa-expanded": "#a9b4be"}
 DEFAULT_COLOUR = "#7b8b99"
 
 
+def mask_of(row: dict) -> str:
+    """Return what tells a shape's full attention from its causal one, which needs no word."""
+    return "  full" if row["op"] == "attention" and not row["causal"] else ""
+
+
 def draw(path: Path, header: list[str], rows: list[dict], warnings: list[str]) -> bool:
     """Save the picture; return False, with nothing written, if no row has a ratio."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if row["x_sdpa"]:
             title = f"{row['op']}  {row['shape']}  {row['dtype']}"
-            groups.setdefault(title, []).append(row)
+            groups.setdefault(title + mask_of(row), []).append(row)
     if not groups:
         return False
     import matplotlib
@@ -39,7 +44,7 @@ def draw(path: Path, header: list[str], rows: list[dict], warnings: list[str]) -
             high = ratio * row["seconds"] / row["seconds_p10"]
             axes.plot([low, high], [position, position], color="black", linewidth=0.8)
             text = f" {row['impl']}  {ratio:.2f}x"
-            if row["op"] != "overhead":
+            if row["roofline"] and row["op"] != "overhead":
                 text += f"  ({100 * row['roofline']:.0f} % of the roofline)"
             axes.text(max(high, ratio), position, text, va="center", fontsize=7)
             position += 1

@@ -65,9 +65,12 @@ def cost(shape: Shape, op: str, element_bytes: int) -> Cost:
 
     Args:
         shape: the problem.
-        op: attention, attention_bwd, decode or overhead.
+        op: attention, attention_bwd, decode or overhead, or one of attention's other names.
         element_bytes: size of an element of q, k, v and out.
     """
+    if shape.lengths:
+        each = [cost(shape.sequence(i), op, element_bytes) for i in range(shape.batch_size)]
+        return Cost(sum(c.flops for c in each), sum(c.bytes for c in each))
     heads = shape.batch_size * shape.num_heads_q
     query_rows = heads * shape.seqlen_q
     one_query_tensor = query_rows * shape.head_dim * element_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ MODELS = {
     "fa-hd64": Heads(32, 32, 64),
     "fa-hd128": Heads(16, 16, 128),
     "fa-hd256": Heads(8, 8, 256),
+    "one-hd64": Heads(1, 1, 64),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem. ``causal`` is bottom-right aligned; decode has ``seqlen_q`` 1."""
+    """One problem. ``causal`` is bottom-right aligned; decode has ``seqlen_q`` 1. ``lengths`` says
+    how many keys of each sequence are no padding, where some are."""
 
     name: str
     batch_size: int
@@ -48,10 +50,16 @@ class Shape:
     head_dim: int
     causal: bool = True
     window_left: int = -1
+    lengths: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:
         return self.num_heads_q // self.num_heads_kv
+
+    def sequence(self, index: int) -> Shape:
+        """Return the problem that one sequence of the batch is, without its padding."""
+        keys = self.lengths[index] if self.lengths else self.seqlen_kv
+        return replace(self, batch_size=1, seqlen_kv=keys, lengths=())
 
 
 # op -> what `make bench` times: a few minutes on two cores.
@@ -68,8 +76,22 @@ DEFAULTS = {
         "gpt2@1024",
     ),
     "overhead": ("smollm2-135m@16",),
+    "full": ("smollm2-135m@2048", "qwen3-0.6b@1024"),
+    "padded": ("smollm2-135m@1024x4", "gpt2@512x4"),
+    "window": ("smollm2-135m@8192",),
+    "memory": ("one-hd64@32768",),
+    "model": ("smollm2-135m@4096",),
 }
 OPS = tuple(DEFAULTS)
+# Without --dtype: the goals of these are about one, the others run in the device's usual ones.
+ONE_DTYPE = {
+    "full": "bfloat16",
+    "padded": "bfloat16",
+    "window": "bfloat16",
+    "memory": "bfloat16",
+    "model": "auto",  # the faster one of torch's products
+}
+WINDOW_LEFT = 255  # of the op "window": 256 keys with the query's own
 
 TOKENS = 16384  # batch times seqlen of the papers' tables
 # The same for a GPU, what matters most first: a run may have to stop before the end.
@@ -105,13 +127,18 @@ COMPILED = {
 }
 
 
+def padded_lengths(keys: int, batch_size: int) -> tuple[int, ...]:
+    """Return lengths from ``keys`` down to little more than a quarter of it."""
+    return tuple(keys - 3 * keys * index // (4 * batch_size) for index in range(batch_size))
+
+
 def parse(text: str, op: str, causal: bool = True) -> Shape:
     """Return the shape that ``model@keys`` or ``model@keysxbatch`` names.
 
     Args:
         text: for example ``"smollm2-135m@4096"`` or ``"llama3-8b@4096x2"``.
         op: decode and overhead have one query row per sequence, the others as many as keys.
-        causal: for attention and attention_bwd.
+        causal: for the ops of a whole prompt; full and padded have no causal mask.
 
     Raises:
         ValueError: naming what was expected.
@@ -133,6 +160,7 @@ def parse(text: str, op: str, causal: bool = True) -> Shape:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     heads = MODELS[match[1]]
     one_row = op in ("decode", "overhead")
+    window_left = WINDOW_LEFT if op == "window" else heads.window_left
     return Shape(
         name=text,
         batch_size=batch_size,
@@ -141,6 +169,7 @@ def parse(text: str, op: str, causal: bool = True) -> Shape:
         num_heads_q=heads.num_heads_q,
         num_heads_kv=heads.num_heads_kv,
         head_dim=heads.head_dim,
-        causal=causal and not one_row,
-        window_left=heads.window_left if 0 <= heads.window_left < keys - 1 else -1,
+        causal=causal and not one_row and op not in ("full", "padded"),
+        window_left=window_left if 0 <= window_left < keys - 1 else -1,
+        lengths=padded_lengths(keys, batch_size) if op == "padded" else (),
     )

@@ -201,9 +201,8 @@ def show_equality(source, tokenizer) -> bool:
     return passed
 
 
-def pick_dtype() -> str:
-    """Return bfloat16 where torch multiplies it at least as fast as float32 at the model's sizes,
-    else float32."""
+def bfloat16_slowdown() -> float:
+    """Return how many times as long as float32 torch multiplies bfloat16 at the model's sizes."""
     import torch
 
     seconds = {}
@@ -217,7 +216,13 @@ def pick_dtype() -> str:
             torch.nn.functional.linear(a, b)
             times.append(time.perf_counter() - start)
         seconds[name] = min(times)
-    slower = seconds["bfloat16"] / seconds["float32"]
+    return seconds["bfloat16"] / seconds["float32"]
+
+
+def pick_dtype() -> str:
+    """Return bfloat16 where torch multiplies it at least as fast as float32 at the model's sizes,
+    else float32."""
+    slower = bfloat16_slowdown()
     if slower <= 1:
         return "bfloat16"
     print(f"  fp32, because torch multiplies bf16 matrices {slower:.1f}x slower on this CPU;")

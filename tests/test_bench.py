@@ -83,12 +83,20 @@ def test_a_wrong_shape_is_refused(bench, device, text):
 
 
 def test_quantiles_interpolate(bench, device):
-    quantile = bench("bench").quantile
+    quantile = bench("timing").quantile
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([1.0, 2.0], 0.9) == pytest.approx(1.9)
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "-1"], ["--seconds", "0"], ["--shapes", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threads", "-1"],
+        ["--seconds", "0"],
+        ["--shapes", "x"],
+        ["--op", "padded", "--device", "stand-in"],
+    ],
+)
 def test_bad_arguments_end_in_one_line(bench, device, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         bench("bench").main(arguments)
@@ -117,16 +125,30 @@ def test_a_wrong_rival_is_named_and_ours_keeps_its_number(bench, device):
     assert list(bench("oracle").check(shape, "decode", torch.float32, found)) == ["sdpa"]
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_bwd", "decode", "overhead"])
-def test_smoke(bench, device, tmp_path, monkeypatch, capsys, op):
+@pytest.fixture
+def run(bench, tmp_path, monkeypatch):
+    """Run the benchmark with these arguments; return its status, the header and the rows."""
     machine = bench("machine")
     monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "cache_sizes", lambda: {"L2": 1 << 20})
     output = tmp_path / "bench.jsonl"
-    arguments = ["--op", op, "--shapes", "smollm2-135m@24", "mistral-7b@16", "--dtype", "float32"]
-    arguments += ["--seconds", "0.001", "--output", str(output)]
-    assert bench("bench").main(arguments) == 0
-    header, *rows = map(json.loads, output.read_text().splitlines())
+
+    def runs(*arguments):
+        status = bench("bench").main([*arguments, "--seconds", "0.001", "--output", str(output)])
+        header, *rows = map(json.loads, output.read_text().splitlines())
+        return status, header, rows
+
+    return runs
+
+
+@pytest.mark.parametrize(
+    "op", ["attention", "attention_bwd", "decode", "overhead", "full", "padded"]
+)
+def test_smoke(run, device, tmp_path, capsys, op):
+    output = tmp_path / "bench.jsonl"
+    shapes = ("smollm2-135m@24", "mistral-7b@16")
+    status, header, rows = run("--op", op, "--shapes", *shapes, "--dtype", "float32")
+    assert status == 0
     assert header["threads"] == torch.get_num_threads() and header["limits"]["read"] > 0
     names = [row["impl"] for row in rows if row["shape"] == "smollm2-135m@24"]
     assert names[0] == "ours" and "sdpa-gqa" in names
@@ -221,6 +243,7 @@ def test_verdicts(bench, device):
         seconds = 1 / (ratio or 1)
         return ours | {"roofline": roofline, "bytes": 1 << 30, "causal": causal, "seconds": seconds}
 
+    slowest = "llama3-8b@4096"
     rows = [
         row("attention", "gpt2@1024", "bfloat16", "ours", 1.6, causal=True),
         row("attention", "smollm2-135m@2048", "bfloat16", "ours", 1.4, causal=True),
@@ -239,8 +262,181 @@ def test_verdicts(bench, device):
         "prefill bf16, causal": ["1.5x", "1.40x", "1.50x", "MISSED", "by", "smollm2-135m@2048"],
         "prefill bf16, full": ["1.5x", "1.50x", "1.50x", "met"],
         "decode bf16, groups of 2 to 7": ["2.0x", "2.10x", "2.10x", "met"],
+        "decode past the caches, of reading": ["80", "%", "70", "%", "MISSED", "by", slowest],
     }
     assert table[-2] == "  decode llama3-8b@4096 bfloat16: 70 % of the roofline"
     slow = "  decode llama3-8b@4096 bfloat16: in pages of 16 1.90 times as long as in one piece"
     assert table[-1] == slow
     assert bench("goals").verdicts([], 1 << 20) == []
+
+
+def test_a_decode_that_reads_fast_enough_is_met(bench, device):
+    row = {"op": "decode", "shape": "gpt2@64", "dtype": "bfloat16", "impl": "ours", "x_sdpa": 2.0}
+    row |= {"roofline": 0.8, "bytes": 1 << 30, "causal": False, "seconds": 1.0}
+    table = bench("goals").verdicts([row], 1 << 20)
+    assert table[-1].split()[-5:] == ["80", "%", "80", "%", "met"]
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.2, "met"), (1.3, "MISSED by gpt2@8192")])
+def test_a_windows_verdict_is_by_its_pairs(bench, device, seconds, verdict):
+    def row(impl, seconds, flops):
+        found = {"op": "window", "shape": "gpt2@8192", "dtype": "bfloat16", "impl": impl}
+        return found | {"seconds": seconds, "flops": flops, "x_sdpa": None, "causal": True}
+
+    rows = [row("ours", seconds, 100), row("ours-full", 16.0, 1600)]
+    head, line = bench("goals").verdicts(rows, 1 << 20)
+    assert "at most" in head and line.endswith(verdict) and f"{seconds:.2f}x" in line
+    assert bench("goals").verdicts(rows[:1], 1 << 20) == []
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(100, "met"), (101, "MISSED by one-hd64@64")])
+def test_the_verdict_on_memory_is_by_the_most_frugal_sdpa(bench, device, ours, verdict):
+    peaks = {"ours": ours, "sdpa-gqa": 100, "sdpa-expanded": 300}
+    rows = [
+        {"op": "memory", "shape": "one-hd64@64", "dtype": "bfloat16", "causal": True}
+        | {"impl": impl, "peak_bytes": peak, "x_sdpa": None}
+        for impl, peak in peaks.items()
+    ]
+    assert bench("goals").verdicts(rows, 1 << 20)[1].endswith(verdict)
+
+
+def test_padding_costs_nothing(bench, device):
+    """A padded batch costs what its sequences do, one by one, and has lengths of several sizes."""
+    shapes, cost = bench("shapes"), bench("roofline").cost
+    shape = shapes.parse("gpt2@1024x4", "padded")
+    assert shape.lengths == (1024, 832, 640, 448) and not shape.causal
+    tiny = shapes.Shape("tiny", 2, 5, 7, 6, 3, 8, False, lengths=(7, 4))
+    each = [brute_force(tiny.sequence(i), "padded", 2) for i in range(2)]
+    assert tiny.sequence(1).seqlen_kv == 4
+    price = cost(tiny, "padded", 2)
+    assert (price.flops, price.bytes) == tuple(map(sum, zip(*each, strict=True)))
+
+
+def test_padding_and_a_window_without_causal_are_the_same_to_all(bench, device):
+    shapes, check = bench("shapes"), bench("oracle").check
+    candidates = bench("implementations").candidates
+    padded = shapes.Shape("padded", 3, 80, 80, 6, 3, 16, False, lengths=(80, 1, 50))
+    window = shapes.Shape("window", 1, 80, 80, 6, 3, 16, False, window_left=3)
+    for op, shape in (("padded", padded), ("attention", window)):
+        found = candidates(shape, op, torch.float32)
+        assert check(shape, op, torch.float32, found) == {}
+    every_key = candidates(shapes.Shape("all", 3, 80, 80, 6, 3, 16, False), "padded", torch.float32)
+    with pytest.raises(AssertionError, match="padded padded ours out"):
+        check(padded, "padded", torch.float32, {"ours": every_key["ours"]})
+    names = set(candidates(padded, "padded", torch.float32))
+    assert {"sdpa-gqa", "sdpa-gqa-each", "sdpa-expanded", "sdpa-expanded-each"} < names
+
+
+def test_a_window_is_timed_against_all_keys(run, device, capsys):
+    status, _, rows = run("--op", "window", "--shapes", "smollm2-135m@300")
+    ours, full = rows
+    assert status == 0 and [row["impl"] for row in rows] == ["ours", "ours-full"]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert full["flops"] - ours["flops"] == 4 * 9 * 64 * (44 * 45 // 2)
+    assert "a window's time, to its pairs" in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_the_call(run, bench, device, capsys):
+    try:
+        bench("memory").reset_peak()
+    except OSError:
+        pytest.skip("this kernel cannot reset the peak of a process (/proc/self/clear_refs)")
+    status, _, rows = run("--op", "memory", "--shapes", "one-hd64@32768", "--impl", "ours")
+    (row,) = rows
+    out = 32768 * 64 * 2
+    assert status == 0 and row["impl"] == "ours" and out <= row["peak_bytes"] < 2 * out
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_memory_of_a_wrong_result_gets_no_number(bench, device, monkeypatch):
+    memory = bench("memory")
+    monkeypatch.setattr(memory, "reset_peak", lambda: None)
+    monkeypatch.setattr(memory, "resident", lambda field: 0)
+    assert memory.growth("ours", "one-hd64@64", torch.float32) == 0
+    monkeypatch.setattr("flashinfer_lite.attention", lambda q, k, v, **options: v)
+    with pytest.raises(AssertionError, match="attention one-hd64@64 ours out"):
+        memory.growth("ours", "one-hd64@64", torch.float32)
+
+
+def test_memory_goes_on_where_a_peak_cannot_be_reset(run, bench, device, monkeypatch, capsys):
+    monkeypatch.setattr(bench("memory"), "RESET_PEAK", Path("/nowhere/clear_refs"))
+    status, header, rows = run("--op", "memory", "overhead", "--dtype", "float32")
+    assert status == 0 and {row["op"] for row in rows} == {"overhead"} and not header["wrong"]
+    assert "memory one-hd64@32768: not here: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_model(bench, monkeypatch):
+    pytest.importorskip("transformers", reason="the benchmark runs a transformers model")
+    whole = bench("whole")
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setattr(whole, "CONFIG", whole.CONFIG | sizes)
+    return whole
+
+
+def test_a_patched_model_is_timed_in_two_parts(run, small_model, device, capsys):
+    status, _, rows = run("--op", "model", "--shapes", "smollm2-135m@24x2")
+    assert status == 0
+    names = [(row["op"], row["impl"]) for row in rows]
+    parts = ("model_prefill", "model_decode")
+    assert names == [(part, impl) for part in parts for impl in ("ours", "sdpa")]
+    assert all(row["x_sdpa"] == 1 for row in rows if row["impl"] == "sdpa")
+    assert {row["dtype"] for row in rows} < {"float32", "bfloat16"}
+    printed = capsys.readouterr().out
+    assert "a patched model, prefill" in printed and "a patched model, decode" in printed
+
+
+def test_a_model_with_other_logits_gets_no_number(run, small_model, device, monkeypatch):
+    monkeypatch.setattr(small_model, "TOLERANCE", {"float32": 0.0})
+    arguments = ("--op", "model", "--shapes", "smollm2-135m@24", "--dtype", "float32")
+    status, header, rows = run(*arguments)
+    assert status == 1 and not rows and "expected logits within 0.0" in header["wrong"][0]
+
+
+@pytest.mark.parametrize("factor", [1.002, float("nan")])
+def test_agreement_is_by_the_worst_call(small_model, device, factor):
+    right = [torch.ones(8), torch.ones(8)]
+    sides = {name: small_model.Side(None, None, None, 1) for name in ("ours", "sdpa")}
+    sides["ours"].logits, sides["sdpa"].logits = [right[0], right[1] * factor], right
+    with pytest.raises(AssertionError, match="tiny: expected logits"):
+        small_model.check_agreement("tiny", sides, 1e-3)
+    sides["ours"].logits = list(right)
+    small_model.check_agreement("tiny", sides, 1e-3)
+    assert not sides["ours"].logits and not sides["sdpa"].logits
+
+
+def test_without_transformers_the_model_is_not_here(run, device, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, rows = run("--op", "model")
+    assert status == 0 and not rows
+    assert "model smollm2-135m@4096: not here: " in capsys.readouterr().out
+
+
+def test_another_model_is_not_here(run, device, capsys):
+    status, _, rows = run("--op", "model", "--shapes", "gpt2@16")
+    assert status == 0 and not rows
+    assert "model gpt2@16: not here: expected smollm2-135m" in capsys.readouterr().out
+
+
+def test_the_whole_table_is_the_default_of_a_cpu(run, device):
+    """One shape for each goal; after the time none is begun, and all are named."""
+    _, header, rows = run("--within", "-1")
+    assert not rows
+    assert {
+        "attention smollm2-135m@2048 bfloat16 causal",
+        "attention smollm2-135m@2048 bfloat16 full",
+        "attention_bwd gpt2@512 float32",
+        "decode llama3-8b@4096 bfloat16",
+        "overhead smollm2-135m@16 float32",
+        "padded gpt2@512x4 bfloat16",
+        "window smollm2-135m@8192 bfloat16",
+        "memory one-hd64@32768 bfloat16",
+        "model smollm2-135m@4096 auto",
+    } <= set(header["left_out"])
+
+
+def test_the_picture_tells_full_from_causal(bench, device):
+    mask_of = bench("picture").mask_of
+    assert mask_of({"op": "attention", "causal": False}).strip() == "full"
+    assert mask_of({"op": "attention", "causal": True}) == ""
+    assert mask_of({"op": "decode", "causal": False}) == ""

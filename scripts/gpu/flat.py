@@ -85,7 +85,7 @@ def check_graph(device, capture):
 def times(machine, shapes, rows, dtype, deadline):
     """Yield a dict for each shape and M: the seconds of each kernel and of cuBLAS."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-    from bench import quantile, time_interleaved
+    from timing import quantile, time_interleaved
 
     for n, k in shapes:
         size = n * k * dtype.itemsize
