@@ -126,11 +126,11 @@ def measure(op: str, shape: Shape, dtype_name: str, args, machine, limits) -> li
             measures, args.seconds or machine.default_seconds, machine.min_rounds
         )
     rows = []
-    for (name, (problem, candidate)), mode, samples in zip(
-        found.items(), modes, times, strict=True
-    ):
+    for name, mode, samples in zip(found, modes, times, strict=True):
+        problem, candidate = found[name]
         chosen = candidate.explain() if candidate.explain else None
         price = cost(problem, op, dtype.itemsize)
+        at_least = price.seconds_at_least(limits[dtype_name], limits["read"])
         timed = spread(samples)
         rows.append(
             {
@@ -148,8 +148,7 @@ def measure(op: str, shape: Shape, dtype_name: str, args, machine, limits) -> li
                 "bytes": price.bytes,
                 "flops_per_s": price.flops / timed["seconds"],
                 "bytes_per_s": price.bytes / timed["seconds"],
-                "roofline": price.seconds_at_least(limits[dtype_name], limits["read"])
-                / timed["seconds"],
+                "roofline": at_least / timed["seconds"],
             }
         )
     if machine.peers == "gpu" and (wrong := [w for w in map(implausible, rows) if w]):
