@@ -38,6 +38,7 @@ struct ForwardScratch : RowState<Accumulator<E>> {
   using Element = E;
   using Acc = Accumulator<Element>;
   static constexpr bool matrix_tiles = false;  // true: on a matrix unit, in blocks side by side
+  static constexpr int64_t first_keys = kPanel<Acc>;  // that a first block may leave out: so many
 
   ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
     plan = forward_plan<ForwardScratch>(p);
@@ -256,9 +257,9 @@ template <class Element>
 FIL_INLINE void load_query(const Element* q, int64_t head_dim, int64_t r,
                            const ForwardScratch<Element>& t) {
   using Acc = Accumulator<Element>;
-  for (int64_t c = 0; c < t.q_row; ++c) {
-    t.q[r * t.q_row + c] = c < head_dim ? Acc(to_float(q[c])) : Acc(0);
-  }
+  Acc* row = t.q + r * t.q_row;
+  for (int64_t c = 0; c < head_dim; ++c) row[c] = Acc(to_float(q[c]));
+  for (int64_t c = head_dim; c < t.q_row; ++c) row[c] = 0;
 }
 
 // The row state of one KV head before the first key.
@@ -281,17 +282,24 @@ FIL_INLINE void for_blocks(const CpuForwardPlan& plan, const Visibility& visibil
                            const KeyRange& range, const Attend& attend) {
   if (range.empty()) return;  // no block is read for rows without keys
   const int64_t block_n = plan.tile.block_n;
-  int64_t key = range.begin;
+  int64_t key = range.begin, block_end = key + block_n;
   if (plan.pack || Scratch::matrix_tiles) {
-    key -= (range.begin - visibility.kv_begin) % block_n;
+    // Blocks begin where they do for other rows, and so do the sums of a row; but what no row of
+    // these sees of the first one, in whole panels, would add zeros.
+    const int64_t ahead = (range.begin - visibility.kv_begin) % block_n;
+    block_end -= ahead;
+    key -= ahead % Scratch::first_keys;
   } else {
     const int64_t length = (range.end - range.begin) / kStepRows, steps = block_n / kStepRows;
     for (int64_t i = 0; length >= steps && i < length; i += steps) {
       attend(KeyBlock{range.begin + i, min_of(steps, length - i) * kStepRows, length, 1});
       key = range.begin + length * kStepRows;
+      block_end = key + block_n;
     }
   }
-  for (; key < range.end; key += block_n) attend(KeyBlock{key, min_of(block_n, range.end - key)});
+  for (; key < range.end; key = block_end, block_end += block_n) {
+    attend(KeyBlock{key, min_of(block_end, range.end) - key});
+  }
 }
 
 template <class Scratch>

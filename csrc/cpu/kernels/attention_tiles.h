@@ -18,6 +18,7 @@ struct TileScratch : RowState<float> {
   using Element = BFloat16;
   using Acc = float;
   static constexpr bool matrix_tiles = true;
+  static constexpr int64_t first_keys = kMatrixKeys;
 
   TileScratch(const AttentionFwdParams& params, void* base) : arena(base) {
     plan = forward_plan<TileScratch>(params);

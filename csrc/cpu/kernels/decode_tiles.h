@@ -14,6 +14,7 @@ struct FewRowsScratch : RowState<float> {
   using Element = BFloat16;
   using Acc = float;
   static constexpr bool matrix_tiles = true;
+  static constexpr int64_t first_keys = kMatrixKeys;
 
   FewRowsScratch(const AttentionFwdParams& params, void* base) : arena(base) {
     plan = forward_plan<FewRowsScratch>(params);
