@@ -76,7 +76,7 @@ struct TileUnit {
   int64_t first_row;
   int64_t rows;              // 0: there is none
   int64_t first_key;         // in the block
-  KeyBlock keys;             // that its rows see, rounded up
+  KeyBlock keys;             // from there on, that its rows see, rounded up
   bool finite_only = false;  // the V that they meet has zeros for NaN and inf
 
   FIL_INLINE AmxProduct scores() const {
@@ -90,7 +90,8 @@ struct TileUnit {
 };
 
 // The unit of the rows from first_row on and the keys from first_key on, or the next behind it.
-// Queries ascend with the rows: causal or window hide the first or last units of each 32.
+// Queries ascend with the rows: causal or window hide the first or last units of each 32, and the
+// first or last keys of the units that are left.
 FIL_INLINE TileUnit unit_from(int64_t first_row, int64_t first_key, int64_t rows,
                               const KeyBlock& block, const TileScratch& all) {
   for (; first_row < rows; first_row += kMatrixRows, first_key = 0) {
@@ -100,8 +101,10 @@ FIL_INLINE TileUnit unit_from(int64_t first_row, int64_t first_key, int64_t rows
         min_of(all.rows[first_row + count - 1].visible.end - block.first, block.count);
     first_key = max_of(first_key, begin / kMatrixKeys * kMatrixKeys);
     if (first_key >= end) continue;
-    const int64_t seen = min_of(round_up(end - first_key, kAmxDepth), block.count - first_key);
-    const KeyBlock keys{block.first + first_key, min_of(seen, kMatrixKeys)};
+    const int64_t seen_end =
+        min_of(min_of(round_up(end, kAmxDepth), block.count), first_key + kMatrixKeys);
+    first_key = max_of(first_key, begin / kAmxDepth * kAmxDepth);
+    const KeyBlock keys{block.first + first_key, seen_end - first_key};
     return {all.from(first_row), first_row, count, first_key, keys};
   }
   return {all, 0, 0, 0, block};
@@ -173,7 +176,8 @@ inline void attend(const AttentionFwdParams& p, int64_t batch, int64_t head_kv, 
   queue.finish();
   while (now.rows > 0) {
     const TileUnit next =
-        unit_from(now.first_row, now.first_key + kMatrixKeys, rows, block, all.turned(turn ^= 1));
+        unit_from(now.first_row, now.first_key / kMatrixKeys * kMatrixKeys + kMatrixKeys, rows,
+                  block, all.turned(turn ^= 1));
     if (next.rows > 0) queue.add(next.scores());
     if (before.rows > 0) queue.add(before.values());
     const bool same_rows = before.rows > 0 && before.first_row == now.first_row;

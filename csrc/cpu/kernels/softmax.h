@@ -76,19 +76,21 @@ FIL_INLINE bool row_probabilities(const AttentionFwdParams& p, int64_t batch, co
                                   bool bias_is_loaded, const Put& put) {
   const KeyRange visible = t.rows[r].visible;
   const int64_t padded = round_up(keys.count, kWidth<Acc>);
-  // Most rows see a block from its first key on and change their scores by the scale alone, which
-  // needs no pass of its own. A scale that turned their order would.
-  const bool from_first = visible.begin <= keys.first && visible.end > keys.first;
+  // Most rows see some keys of a block side by side and change their scores by the scale alone,
+  // which needs no pass of its own. A scale that turned their order would.
+  const bool sees_some = visible.begin < keys.first + keys.count && visible.end > keys.first;
   const bool plain = p.softcap == 0 && p.alibi.slopes == nullptr &&
                      p.mask.type == MaskType::kNone && p.softmax_scale > 0 &&
-                     (keys.apart == 1 ? from_first : keys.within(visible));
+                     (keys.apart == 1 ? sees_some : keys.within(visible));
   bool hides;
   Acc scale = 1;
   if (plain) {
-    const int64_t seen =
-        keys.apart == 1 ? min_of(visible.end - keys.first, keys.count) : keys.count;
-    for (int64_t c = seen; c < padded; ++c) s[c] = Acc(-__builtin_inf());
-    hides = seen < keys.count;
+    const bool whole = keys.apart != 1;
+    const int64_t begin = whole ? 0 : max_of<int64_t>(visible.begin - keys.first, 0);
+    const int64_t end = whole ? keys.count : min_of(visible.end - keys.first, keys.count);
+    for (int64_t c = 0; c < begin; ++c) s[c] = Acc(-__builtin_inf());
+    for (int64_t c = end; c < padded; ++c) s[c] = Acc(-__builtin_inf());
+    hides = begin > 0 || end < keys.count;
     scale = Acc(p.softmax_scale * kLog2e);
   } else {
     hides = finish_scores<Acc>(p, batch, t.rows[r], keys, s, bias, bias_is_loaded, nullptr);
