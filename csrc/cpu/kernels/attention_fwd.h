@@ -38,7 +38,7 @@ struct ForwardScratch : RowState<Accumulator<E>> {
   using Element = E;
   using Acc = Accumulator<Element>;
   static constexpr bool matrix_tiles = false;  // true: on a matrix unit, in blocks side by side
-  static constexpr int64_t first_keys = kPanel<Acc>;  // that a first block may leave out: so many
+  static constexpr int64_t first_keys = kPanel<Acc>;  // a first block leaves out multiples of it
 
   ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
     plan = forward_plan<ForwardScratch>(p);
@@ -257,9 +257,9 @@ template <class Element>
 FIL_INLINE void load_query(const Element* q, int64_t head_dim, int64_t r,
                            const ForwardScratch<Element>& t) {
   using Acc = Accumulator<Element>;
-  Acc* row = t.q + r * t.q_row;
-  for (int64_t c = 0; c < head_dim; ++c) row[c] = Acc(to_float(q[c]));
-  for (int64_t c = head_dim; c < t.q_row; ++c) row[c] = 0;
+  for (int64_t c = 0; c < t.q_row; ++c) {
+    t.q[r * t.q_row + c] = c < head_dim ? Acc(to_float(q[c])) : Acc(0);
+  }
 }
 
 // The row state of one KV head before the first key.

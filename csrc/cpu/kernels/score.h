@@ -35,10 +35,10 @@ struct KeyBlock {
 FIL_INLINE void describe_rows(const AttentionParams& p, const Visibility& visibility,
                               int64_t head_kv, int64_t first_row, int64_t count, Row* rows) {
   const int64_t group = p.group_size();
-  int64_t query = first_row / group, member = first_row % group;
   for (int64_t r = 0; r < count; ++r) {
-    rows[r] = {query, head_kv * group + member, visibility.row(query)};
-    if (++member == group) ++query, member = 0;
+    rows[r].query = (first_row + r) / group;
+    rows[r].head = head_kv * group + (first_row + r) % group;
+    rows[r].visible = visibility.row(rows[r].query);
   }
 }
 
