@@ -20,6 +20,7 @@ from flashinfer_lite.testing import (
     assert_same_bits,
     check_forward,
     simt,
+    simt_call,
 )
 
 INSTANCES = {
@@ -65,7 +66,7 @@ def _padded(x, elements):
 @contextlib.contextmanager
 def _unaligned_out():
     """Outputs of 16-bit elements start one element after a multiple of 16 bytes."""
-    aligned = simt._Memory.output
+    aligned = simt_call.Memory.output
 
     def output(memory, name, shape, dtype):
         if name != "out":
@@ -73,11 +74,11 @@ def _unaligned_out():
         size = torch.Size(shape).numel()
         return aligned(memory, name, (size + 1,), dtype)[1:].view(shape)
 
-    simt._Memory.output = output
+    simt_call.Memory.output = output
     try:
         yield
     finally:
-        simt._Memory.output = aligned
+        simt_call.Memory.output = aligned
 
 
 class Attention:
