@@ -26,10 +26,15 @@ KERNELS = {"attention": "attention_fwd", "attention_varlen": "attention_fwd", "d
 # Rows of x by rows of the weight, both at most, of a block on the CPU.
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
-FLAT_TILES_AMX = {"flat_gemm": (64, 32)}
+FLAT_TILES_MATRIX = {"flat_gemm": (64, 32)}
 # Levels with kernels of their own in bfloat16, for a forward of more than a row and flat_gemm, and
 # what runs the rest.
-LEVEL_BELOW = {"amx": "avx512", "amx-emulated": "avx2"}
+LEVEL_BELOW = {
+    "avx512-bf16": "avx512",
+    "amx": "avx512",
+    "avx512-bf16-emulated": "avx2",
+    "amx-emulated": "avx2",
+}
 MIN_TILE_ROWS = 2  # runs_on_tiles_in_place in csrc/common/heuristics.h
 
 
@@ -184,7 +189,7 @@ def _explain_flat_linear(*args, **kwargs):
     if x.device.type != "cpu":
         return Explanation(f"flat_linear {chosen} {x.device.type}", (0, 0), 1, rejected)
     isa, levels = _levels(x.device)
-    tiles = FLAT_TILES_AMX
+    tiles = FLAT_TILES_MATRIX
     if isa not in LEVEL_BELOW or chosen != "flat_gemm" or x.dtype != torch.bfloat16:
         levels[f"cpu {isa}"] = "only flat_gemm in bfloat16 runs there"
         isa = LEVEL_BELOW.get(isa, isa)
@@ -197,7 +202,7 @@ def _levels(device):
     """The CPU level in force, and why not the others."""
     isa = _ops.cpu_isa()
     rejected = {"cuda": f"inputs are on {device}; {_ops.cuda_status}"}
-    for level in ("amx", "avx512", "avx2", "baseline"):
+    for level in ("amx", "avx512-bf16", "avx512", "avx2", "baseline"):
         if level not in _ops.cpu_isas():
             rejected[f"cpu {level}"] = "not on this processor"
         elif level != isa:

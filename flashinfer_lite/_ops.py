@@ -123,7 +123,7 @@ def cuda_instances() -> list[str]:
 
 
 def cpu_isa() -> str:
-    """The CPU level in force: baseline, avx2, avx512 or amx."""
+    """The CPU level in force: baseline, avx2, avx512, avx512-bf16 or amx."""
     return _namespace.cpu_isa.default()
 
 

@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("fixed")
 pytest_plugins = ["cuda_coverage", "support"]
 
 NO_FLOAT64 = "CUDA kernels refuse float64 by name"
-NOT_EMULATED = f"{EMULATED} has an attention and a flat_gemm of its own, in bfloat16 alone"
+NOT_EMULATED = "emulated levels have an attention and a flat_gemm of their own, in bfloat16 alone"
 MARKERS = {
     "checks_values": "CUDA checks the values of lengths under FLASHINFER_LITE_CHECK=1 only",
     "cpu_only": "cpu_only(reason): not on another device",
@@ -74,7 +74,7 @@ def _reason_not_to_run(item, on_cuda):
     if not on_cuda:
         other = parameters.get("dtype", torch.bfloat16) != torch.bfloat16
         other |= parameters.get("impl", "flat_gemm") != "flat_gemm"
-        return NOT_EMULATED if other and parameters.get("isa") == EMULATED else None
+        return NOT_EMULATED if other and parameters.get("isa") in EMULATED else None
     checked = os.environ.get("FLASHINFER_LITE_CHECK") == "1"
     if item.get_closest_marker("checks_values") and not checked:
         return MARKERS["checks_values"]
@@ -171,12 +171,12 @@ def pytest_terminal_summary(terminalreporter, config):
     )
     levels = _levels(config)
     terminalreporter.section("flashinfer_lite")
-    for level in levels if _on_cuda(config) else (*ALL_LEVELS, EMULATED):
+    for level in levels if _on_cuda(config) else (*ALL_LEVELS, *EMULATED):
         if level in levels:
             line = f"{ran[level]} tests" if ran[level] else "present, no test selected"
         else:
             line = "skipped: not compiled in, or not on this processor"
-        terminalreporter.write_line(f"ISA {level:12} {line}")
+        terminalreporter.write_line(f"ISA {level:20} {line}")
     seed, device = config.getoption("--seed"), config.getoption("--device")
     for reason, count in config.stash[NOT_HERE].most_common():
         terminalreporter.write_line(f"not on {device}: {count} tests: {reason}")

@@ -31,10 +31,10 @@ def at_the_end(*shape):
     return flat[pages // 2 - count :].view(shape).fill_(0.5)
 
 
-def run_child(code):
+def run_child(code, *arguments):
     """Run a program that imports this module and ends by os._exit(7)."""
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 7, f"after {done.stdout!r}: {done.stderr}"

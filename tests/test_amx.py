@@ -19,14 +19,14 @@ from page_ends import run_child
 
 import flashinfer_lite
 from flashinfer_lite import attention
-from flashinfer_lite.testing import EMULATED, force_isa, isa_levels, make_qkv
+from flashinfer_lite.testing import AMX_EMULATED, EMULATED, force_isa, isa_levels, make_qkv
 
 ROOT = Path(__file__).parent.parent
 SMALLEST, INF, NAN = 2.0**-126, math.inf, math.nan
 pytestmark = [
     pytest.mark.cpu_only("the tiles are a processor's"),
     pytest.mark.skipif(
-        platform.machine() != "x86_64" or EMULATED not in isa_levels(emulated=True),
+        platform.machine() != "x86_64" or AMX_EMULATED not in isa_levels(emulated=True),
         reason="the emulation needs AVX2",
     ),
 ]
@@ -257,30 +257,32 @@ def test_the_level_amx_has_the_instructions(device):
 
 
 def test_emulation_is_no_default(device):
-    assert EMULATED not in isa_levels() and EMULATED in isa_levels(emulated=True)
+    assert set(EMULATED).isdisjoint(isa_levels()) and set(EMULATED) <= set(isa_levels(True))
     with force_isa(None):
         assert flashinfer_lite.explain(attention, *make_qkv(1, 12, 12)).kernel[-8:] != "emulated"
 
 
-def test_the_number_of_rows_does_not_change_a_bit(device):
+@pytest.mark.parametrize("emulated", EMULATED)
+def test_the_number_of_rows_does_not_change_a_bit(device, emulated):
     # Two to 16 rows run in place, others packed, in blocks of at most 512 rows.
     q, k, v = make_qkv(1, 300, 300, 2, 1, 40, dtype=torch.bfloat16)
-    with force_isa(EMULATED):
+    with force_isa(emulated):
         whole = attention(q, k, v)
         for first, last in ((0, 7), (5, 22), (100, 300), (290, 300)):
             part = attention(q[:, first:last], k, v)
             assert torch.equal(part, whole[:, first:last])
 
 
+@pytest.mark.parametrize("emulated", EMULATED)
 @pytest.mark.parametrize("first_query", [0, 75])  # 75: ten rows, in place
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
-def test_values_that_are_not_finite_reach_the_rows_that_see_them(device, value, first_query):
+def test_values_that_are_not_finite_reach_rows_that_see_them(device, value, first_query, emulated):
     q, k, v = make_qkv(1, 80, 80, 2, 1, 40, dtype=torch.bfloat16)
     q = q[:, first_query:]
     poisoned = v.clone()
     for key, column in ((20, 3), (41, 7), (78, 9)):
         v[0, key, 0, column], poisoned[0, key, 0, column] = 0.0, value
-    with force_isa(EMULATED):
+    with force_isa(emulated):
         expected, out = (attention(q, k, x, causal=True) for x in (v, poisoned))
     for key, column in ((20, 3), (41, 7), (78, 9)):
         expected[0, max(key - first_query, 0) :, :, column] = value
@@ -288,15 +290,15 @@ def test_values_that_are_not_finite_reach_the_rows_that_see_them(device, value, 
 
 
 # q, k and v each end where a page begins that must not be touched.
-AT_THE_END = f"""
-import os, torch
+AT_THE_END = """
+import os, sys, torch
 from flashinfer_lite import attention
 from flashinfer_lite.testing import force_isa
 from page_ends import at_the_end
 
 for queries, keys, head_dim in ((1, 5, 8), (4, 33, 32), (8, 70, 40), (8, 96, 64), (50, 70, 72)):
     q, k, v = at_the_end(1, queries, 2, head_dim), *(at_the_end(1, keys, 1, head_dim) for _ in "kv")
-    with force_isa({EMULATED!r}):
+    with force_isa(sys.argv[1]):
         out = attention(*(x.requires_grad_() for x in (q, k, v)))
         assert torch.equal(out, torch.full_like(out, 0.5))
         out.sum().backward()
@@ -307,5 +309,6 @@ os._exit(7)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
-def test_nothing_behind_the_tensors_is_read(device):
-    run_child(AT_THE_END)
+@pytest.mark.parametrize("emulated", EMULATED)
+def test_nothing_behind_the_tensors_is_read(device, emulated):
+    run_child(AT_THE_END, emulated)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashinfer_lite import dataflow, explain
 from flashinfer_lite.dataflow import Entry, Table, TableError
 from flashinfer_lite.dataflow.choice import DEFAULTS
-from flashinfer_lite.testing import EMULATED, force_isa, isa_levels
+from flashinfer_lite.testing import AMX_EMULATED, force_isa, isa_levels
 
 # The table
 
@@ -265,7 +265,7 @@ def test_explicit_load(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("processor", DEFAULTS)
 def test_shipped_defaults(processor, monkeypatch):
-    level = EMULATED if processor == "cpu amx" else "baseline"
+    level = AMX_EMULATED if processor == "cpu amx" else "baseline"
     if level not in isa_levels(emulated=True):
         pytest.skip(f"no {level} here")
     capability = "AVX2" if processor == "cpu" else "AVX512"
@@ -278,12 +278,12 @@ def test_shipped_defaults(processor, monkeypatch):
 
 
 def test_what_amx_does_not_change_has_the_default_without(monkeypatch):
-    if EMULATED not in isa_levels(emulated=True):
-        pytest.skip(f"no {EMULATED} here")
+    if AMX_EMULATED not in isa_levels(emulated=True):
+        pytest.skip(f"no {AMX_EMULATED} here")
     for capability, processor in (("AVX2", "cpu"), ("AVX512", "cpu avx512")):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         dataflow.unload()
-        with force_isa(EMULATED):
+        with force_isa(AMX_EMULATED):
             for dtype in (torch.float32, torch.float16):
                 (n, k), points = next(iter(DEFAULTS[processor][dtype].items()))
                 assert dataflow.thresholds("cpu", dtype, n, k) == points

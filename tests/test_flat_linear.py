@@ -204,7 +204,8 @@ def test_auto_is_one_of_the_choices(device, isa):
 @pytest.mark.cpu_only("names CPU kernels")
 def test_explain(device, isa):
     x, weight, _ = make(3, 64, 96, torch.bfloat16, device)
-    below = {"amx": "avx512", EMULATED: "avx2"}.get(isa, isa)
+    below = {"avx512-bf16": "avx512", "amx": "avx512"}.get(isa, isa)
+    below = "avx2" if isa in EMULATED else below
     for impl in KERNELS:
         chosen = explain("flat_linear", x, weight, impl=impl)
         assert chosen.kernel == f"flat_linear {impl} cpu {isa if impl == 'flat_gemm' else below}"

@@ -10,7 +10,15 @@ simt        the CUDA kernels on the executor (`make simt`)
 
 from flashinfer_lite.testing.check import check_backward, check_forward
 from flashinfer_lite.testing.inputs import LAYOUTS, make_mask, make_qkv, make_varlen, on_device
-from flashinfer_lite.testing.isa import ALL_LEVELS, EMULATED, current_isa, force_isa, isa_levels
+from flashinfer_lite.testing.isa import (
+    ALL_LEVELS,
+    AMX_EMULATED,
+    BF16_EMULATED,
+    EMULATED,
+    current_isa,
+    force_isa,
+    isa_levels,
+)
 from flashinfer_lite.testing.poison import Guarded, guarded
 from flashinfer_lite.testing.tolerance import (
     assert_close,
@@ -22,6 +30,8 @@ from flashinfer_lite.testing.tolerance import (
 
 __all__ = [
     "ALL_LEVELS",
+    "AMX_EMULATED",
+    "BF16_EMULATED",
     "EMULATED",
     "LAYOUTS",
     "Guarded",

@@ -4,12 +4,15 @@ import contextlib
 
 from flashinfer_lite import _ops
 
-ALL_LEVELS = ("baseline", "avx2", "avx512", "amx")
-EMULATED = "amx-emulated"  # amx's kernels on tiles in software: for tests, never chosen by itself
+ALL_LEVELS = ("baseline", "avx2", "avx512", "avx512-bf16", "amx")
+# The kernels of a level on its instructions in software: for tests, never chosen by themselves.
+AMX_EMULATED = "amx-emulated"
+BF16_EMULATED = "avx512-bf16-emulated"
+EMULATED = (BF16_EMULATED, AMX_EMULATED)
 
 
 def isa_levels(emulated=False):
-    """The levels compiled in and present on this machine, slowest first; `emulated` adds the one
+    """The levels compiled in and present on this machine, slowest first; `emulated` adds those
     for tests alone."""
     return list(_ops.cpu_isas(emulated))
 

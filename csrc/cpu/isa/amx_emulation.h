@@ -3,6 +3,7 @@
 // nothing). What the processor would refuse as undefined traps here too.
 #pragma once
 
+#include "cpu/isa/avx512_bf16_emulation.h"
 #include "cpu/isa/tile_config.h"
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
@@ -10,17 +11,6 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 struct EmulatedTile {
   alignas(64) uint32_t row[kAmxRows][16];
 };
-
-FIL_INLINE Vector<float> as_float(Vector<uint32_t> words) {
-  Vector<float> x;
-  __builtin_memcpy(&x, &words, sizeof x);
-  return x;
-}
-FIL_INLINE Vector<uint32_t> as_words(Vector<float> x) {
-  Vector<uint32_t> words;
-  __builtin_memcpy(&words, &x, sizeof words);
-  return words;
-}
 
 // c[rows][cols] += the products of pairs. The even and the odd members of all pairs have a sum
 // each, of fused multiply-adds in ascending order; then the two are added, then c. Not inlined: it
@@ -111,34 +101,5 @@ class Tiles {
   TileConfig config_;
   EmulatedTile tile_[kTiles] = {};
 };
-
-// As VCVTNEPS2BF16, in the low half of each word: rounded to nearest even; NaN stays NaN, denormals
-// become zero.
-FIL_INLINE Vector<uint32_t> rounded_words(Vector<float> x) {
-  const Vector<uint32_t> word = as_words(x), magnitude = word & 0x7fffffffu;
-  Vector<uint32_t> rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
-  rounded = magnitude < 0x00800000u ? word >> 31 << 15 : rounded;
-  return magnitude > 0x7f800000u ? word >> 16 | 0x40u : rounded;
-}
-
-FIL_INLINE void store_bfloat16(BFloat16* to, Vector<float> x) {
-  typedef uint16_t Half __attribute__((vector_size(FIL_VECTOR_BYTES / 2)));
-  const Half half = __builtin_convertvector(rounded_words(x), Half);
-  __builtin_memcpy(to, &half, sizeof half);
-}
-
-// Two rows interleaved: pairs[2i] is even[i], pairs[2i + 1] is odd[i].
-FIL_INLINE void store_pairs(BFloat16* pairs, Vector<float> even, Vector<float> odd) {
-  const Vector<uint32_t> words = rounded_words(even) | rounded_words(odd) << 16;
-  __builtin_memcpy(pairs, &words, sizeof words);
-}
-
-// And each of the rows.
-FIL_INLINE void store_pairs(BFloat16* pairs, BFloat16* even_row, BFloat16* odd_row,
-                            Vector<float> even, Vector<float> odd) {
-  store_pairs(pairs, even, odd);
-  store_bfloat16(even_row, even);
-  store_bfloat16(odd_row, odd);
-}
 
 }  // namespace flashinfer_lite::cpu::FIL_CPU_LEVEL

@@ -11,6 +11,7 @@
 #define FIL_VECTOR_BYTES 64
 #include "cpu/isa/amx.h"
 #include "cpu/isa/avx512.h"
+#include "cpu/isa/avx512_bf16.h"
 #include "cpu/kernels/tile_kernels.h"
 #pragma GCC diagnostic pop
 #pragma GCC pop_options

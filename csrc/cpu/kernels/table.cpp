@@ -19,10 +19,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_amx() {
 #if defined(__linux__)
-  if (!has_avx512() || !__builtin_cpu_supports("avx512bf16") ||
-      !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) {
+  if (!has_avx512_bf16() || !__builtin_cpu_supports("amx-tile") ||
+      !__builtin_cpu_supports("amx-bf16")) {
     return false;
   }
   // The tiles' 8 KB of state per thread are the kernel's to grant, once and for all threads.
@@ -46,8 +48,12 @@ const KernelTable* table_of(Level level) {
       return has_avx2() ? avx2_table() : nullptr;
     case Level::kAvx512:
       return has_avx512() ? avx512_table() : nullptr;
+    case Level::kAvx512Bf16:
+      return has_avx512_bf16() ? avx512_bf16_table() : nullptr;
     case Level::kAmx:
       return has_amx() ? amx_table() : nullptr;
+    case Level::kAvx512Bf16Emulated:
+      return has_avx2() ? avx512_bf16_emulated_table() : nullptr;
     case Level::kAmxEmulated:
       return has_avx2() ? amx_emulated_table() : nullptr;
 #endif

@@ -33,17 +33,28 @@ struct KernelTable {
 
 // Ascending: a higher level runs wherever its table is not null and the processor has it. Behind
 // them are levels for tests, which run only where they are asked for by name.
-enum class Level : int { kBaseline, kAvx2, kAvx512, kAmx, kAmxEmulated };
-constexpr int kNumLevels = 4;  // to choose from
-constexpr int kNumLevelsWithTests = 5;
-constexpr const char* kLevelNames[kNumLevelsWithTests] = {"baseline", "avx2", "avx512", "amx",
-                                                          "amx-emulated"};
+enum class Level : int {
+  kBaseline,
+  kAvx2,
+  kAvx512,
+  kAvx512Bf16,
+  kAmx,
+  kAvx512Bf16Emulated,
+  kAmxEmulated
+};
+constexpr int kNumLevels = 5;  // to choose from
+constexpr int kNumLevelsWithTests = 7;
+constexpr const char* kLevelNames[kNumLevelsWithTests] = {
+    "baseline", "avx2", "avx512", "avx512-bf16", "amx", "avx512-bf16-emulated", "amx-emulated"};
 
+// Null where they are not compiled in.
 const KernelTable* baseline_table();
-const KernelTable* avx2_table();          // null where it is not compiled in
-const KernelTable* avx512_table();        // likewise
-const KernelTable* amx_table();           // likewise
-const KernelTable* amx_emulated_table();  // likewise
+const KernelTable* avx2_table();
+const KernelTable* avx512_table();
+const KernelTable* avx512_bf16_table();
+const KernelTable* amx_table();
+const KernelTable* avx512_bf16_emulated_table();
+const KernelTable* amx_emulated_table();
 
 // The level's table if this build has it and this processor can run it, else null.
 const KernelTable* table_of(Level level);

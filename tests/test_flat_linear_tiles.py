@@ -1,5 +1,5 @@
-"""flat_gemm on AMX tiles, emulated: more than one block of everything, tails, and whose bits depend
-on what. test_flat_linear.py runs at this level too."""
+"""flat_gemm on tiles, emulated: more than one block of everything, tails, and whose bits depend on
+what. test_flat_linear.py runs at these levels too."""
 
 import random
 import sys
@@ -9,18 +9,27 @@ import torch
 from page_ends import run_child
 
 from flashinfer_lite import explain, flat_linear
-from flashinfer_lite.testing import EMULATED, assert_same_bits, force_isa, guarded, isa_levels
+from flashinfer_lite.testing import (
+    AMX_EMULATED,
+    EMULATED,
+    assert_same_bits,
+    force_isa,
+    guarded,
+    isa_levels,
+)
 
 pytestmark = [
     pytest.mark.cpu_only("the tiles are a processor's"),
-    pytest.mark.skipif(EMULATED not in isa_levels(emulated=True), reason="the emulation is x86's"),
+    pytest.mark.skipif(
+        AMX_EMULATED not in isa_levels(emulated=True), reason="the emulation is x86's"
+    ),
 ]
 
 
-@pytest.fixture(autouse=True)
-def _emulated():
-    with force_isa(EMULATED):
-        yield
+@pytest.fixture(autouse=True, params=EMULATED)
+def emulated(request):
+    with force_isa(request.param):
+        yield request.param
 
 
 def run(x, weight, bias=None, out=None):
@@ -111,22 +120,27 @@ def test_what_is_not_finite_stays_in_its_row_and_column(device, n, k, value):
 
 
 def test_tiles_do_it(device):
-    # They take denormals as zero, and vectors do not.
-    x, weight = torch.full((3, 40), 2.0**-130).bfloat16(), torch.full((50, 40), 2.0**100).bfloat16()
-    assert not run(x, weight).any()
-    assert flat_linear(x, weight, impl="gemv").all()
+    x, weight = strided(3, 40, 0, 0), strided(50, 40, 0, 0)
     assert explain(flat_linear, x, weight, impl="flat_gemm").tile == (64, 32)
 
 
+@pytest.mark.parametrize("emulated", [AMX_EMULATED], indirect=True)
+def test_denormals_are_zero(device):
+    # On tiles, and on vectors not.
+    x, weight = torch.full((3, 40), 2.0**-130).bfloat16(), torch.full((50, 40), 2.0**100).bfloat16()
+    assert not run(x, weight).any()
+    assert flat_linear(x, weight, impl="gemv").all()
+
+
 # x and the weight each end where a page begins that must not be touched.
-AT_THE_END = f"""
-import os, torch
+AT_THE_END = """
+import os, sys, torch
 from flashinfer_lite import flat_linear
 from flashinfer_lite.testing import force_isa
 from page_ends import at_the_end
 
 for m, n, k in ((1, 1, 1), (3, 5, 33), (17, 33, 31), (2, 32, 32), (65, 70, 100), (4, 290, 2080)):
-    with force_isa({EMULATED!r}):
+    with force_isa(sys.argv[1]):
         out = flat_linear(at_the_end(m, k), at_the_end(n, k), impl="flat_gemm")
     assert torch.equal(out, torch.full((m, n), k / 4).bfloat16())
     print(m, n, k, flush=True)
@@ -135,5 +149,5 @@ os._exit(7)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
-def test_nothing_behind_the_tensors_is_read(device):
-    run_child(AT_THE_END)
+def test_nothing_behind_the_tensors_is_read(device, emulated):
+    run_child(AT_THE_END, emulated)
