@@ -28,7 +28,8 @@ int default_level() {
   }
   int best = 0;
   for (int i = 0; i < cpu::kNumLevels; ++i) {
-    if (cpu::table_of(static_cast<cpu::Level>(i))) best = i;
+    const auto level = static_cast<cpu::Level>(i);
+    if (cpu::table_of(level) && cpu::is_fast(level)) best = i;
   }
   return best;
 }

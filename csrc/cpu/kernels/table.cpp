@@ -62,4 +62,12 @@ const KernelTable* table_of(Level level) {
   }
 }
 
+bool is_fast([[maybe_unused]] Level level) {
+#if defined(__x86_64__)
+  // Intel's cores multiply pairs of bfloat16 more slowly than float32: docs/kernels/cpu.md.
+  if (level == Level::kAvx512Bf16) return !__builtin_cpu_is("intel");
+#endif
+  return true;
+}
+
 }  // namespace flashinfer_lite::cpu

@@ -31,8 +31,9 @@ struct KernelTable {
   Kernels float64, float32, bfloat16, float16;
 };
 
-// Ascending: a higher level runs wherever its table is not null and the processor has it. Behind
-// them are levels for tests, which run only where they are asked for by name.
+// Ascending: where nothing is asked for, the highest runs whose table is not null, that the
+// processor has and that is_fast there. Behind them are levels for tests, which run only where they
+// are asked for by name.
 enum class Level : int {
   kBaseline,
   kAvx2,
@@ -58,5 +59,8 @@ const KernelTable* amx_emulated_table();
 
 // The level's table if this build has it and this processor can run it, else null.
 const KernelTable* table_of(Level level);
+
+// Whether a level that this processor can run is faster here than those below it.
+bool is_fast(Level level);
 
 }  // namespace flashinfer_lite::cpu
