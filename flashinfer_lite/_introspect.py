@@ -35,7 +35,8 @@ LEVEL_BELOW = {
     "avx512-bf16-emulated": "avx2",
     "amx-emulated": "avx2",
 }
-MIN_TILE_ROWS = 2  # runs_on_tiles_in_place in csrc/common/heuristics.h
+# kLeastTileRows in csrc/cpu/isa.
+LEAST_TILE_ROWS = {"avx512-bf16": 12, "amx": 3, "avx512-bf16-emulated": 12, "amx-emulated": 3}
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,9 @@ def _explain_cpu(name, q, k, v, longest, splits, invariant):
         q, k, v, KERNELS[name], longest, splits, invariant
     ).tolist()
     isa, rejected = _levels(q.device)
-    if isa in LEVEL_BELOW and (q.dtype != torch.bfloat16 or block_m < MIN_TILE_ROWS):
-        rejected[f"cpu {isa}"] = f"only {MIN_TILE_ROWS} rows or more in bfloat16 run there"
+    least = LEAST_TILE_ROWS.get(isa, 0)
+    if isa in LEVEL_BELOW and (q.dtype != torch.bfloat16 or block_m < least):
+        rejected[f"cpu {isa}"] = f"only {least} rows or more in bfloat16 run there"
         isa = LEVEL_BELOW[isa]
         rejected.pop(f"cpu {isa}", None)
     if isa == "avx512" and q.dtype == torch.float64:

@@ -264,11 +264,15 @@ def test_emulation_is_no_default(device):
 
 @pytest.mark.parametrize("emulated", EMULATED)
 def test_the_number_of_rows_does_not_change_a_bit(device, emulated):
-    # Two to 16 rows run in place, others packed, in blocks of at most 512 rows.
+    # More than 16 rows are packed, in blocks of at most 512 rows; fewer run in place.
     q, k, v = make_qkv(1, 300, 300, 2, 1, 40, dtype=torch.bfloat16)
     with force_isa(emulated):
         whole = attention(q, k, v)
-        for first, last in ((0, 7), (5, 22), (100, 300), (290, 300)):
+        for first, last in ((0, 9), (5, 22), (100, 300), (290, 300)):
+            part = attention(q[:, first:last], k, v)
+            assert torch.equal(part, whole[:, first:last])
+        whole = attention(q[:, :8], k, v)
+        for first, last in ((0, 6), (1, 7), (2, 8)):
             part = attention(q[:, first:last], k, v)
             assert torch.equal(part, whole[:, first:last])
 

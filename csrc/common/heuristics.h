@@ -29,29 +29,32 @@ struct CpuForwardProblem {
   int64_t head_dim_v;
   int64_t element_size;
   bool heads_side_by_side;  // in K and in V: a key's heads are one run, one head's keys lie apart
-  bool matrix_tiles;        // packed blocks are multiplied by a matrix unit
+  int64_t least_tile_rows;  // that a matrix unit takes; 0: the level has none
 };
 
-constexpr int64_t kMatrixRows = 32;   // rows that a matrix unit's kernel takes at a time
-constexpr int64_t kMatrixKeys = 128;  // and keys, in every one: a row's bits depend on this alone
+constexpr int64_t kMatrixRows = 32;         // rows that a matrix unit's kernel takes at a time
+constexpr int64_t kMatrixKeys = 512;        // and keys
+constexpr int64_t kMatrixKeysInPlace = 64;  // keys at a time of few rows, as the next are fetched
 
-// Rows that a matrix unit's kernel takes without packing K: the columns of one of its registers. A
-// single row would leave it idle for what reading costs anyway.
-constexpr bool runs_on_tiles_in_place(int64_t rows) { return rows >= 2 && rows <= 16; }
+// Rows that a matrix unit's kernel takes without packing K: at most the columns of one of its
+// registers. Fewer than `least` would leave too much of it idle.
+constexpr bool runs_on_tiles_in_place(int64_t rows, int64_t least) {
+  return least > 0 && rows >= least && rows <= 16;
+}
 
 inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
-  const bool tiles_in_place = p.matrix_tiles && runs_on_tiles_in_place(p.rows);
+  const bool tiles_in_place = runs_on_tiles_in_place(p.rows, p.least_tile_rows);
   // Below 12 rows a packed tile is not read often enough to pay for packing.
   const bool pack = p.rows >= 12 && !tiles_in_place;
-  if (pack && p.matrix_tiles) {
+  if (pack && p.least_tile_rows > 0) {
     // Products are over so soon that packing wants many rows to pay for it, in row blocks of one
     // size for the threads' sake. K and V pass once for every 32 rows, from a second-level cache:
     // half a megabyte of them, beside 0.4 of Q and the accumulator at head_dim 128.
     const int64_t even = ceil_div(p.rows, ceil_div(p.rows, 512));
     const int64_t block_m = ceil_div(even, kMatrixRows) * kMatrixRows;
     const int64_t keys = (int64_t{1} << 18) / std::max<int64_t>(p.head_dim + p.head_dim_v, 1);
-    const int64_t block_n = std::clamp<int64_t>(keys / kMatrixKeys, 1, 16) * kMatrixKeys;
-    return {{std::min(p.rows, block_m), block_n}, true, 1};
+    const int64_t units = std::clamp<int64_t>(keys / kMatrixKeys, 1, 2048 / kMatrixKeys);
+    return {{std::min(p.rows, block_m), units * kMatrixKeys}, true, 1};
   }
   // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
   // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
@@ -66,7 +69,7 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
       plan.heads_together = std::clamp<int64_t>(heads, 1, std::min(p.num_heads_kv, kMaxHeads));
       if (plan.heads_together > 1) plan.tile.block_n = 64;
     }
-    if (tiles_in_place) plan.tile.block_n = kMatrixKeys;
+    if (tiles_in_place) plan.tile.block_n = kMatrixKeysInPlace;
   }
   plan.tile.block_m = std::clamp<int64_t>(p.rows, 1, plan.tile.block_m);
   return plan;

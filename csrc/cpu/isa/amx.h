@@ -6,6 +6,9 @@
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
+// One or two rows leave the tiles idle for what reading costs anyway.
+constexpr int64_t kLeastTileRows = 3;
+
 // The thread's tiles, configured as long as this lives. The intrinsics paste the tile's number into
 // the instruction's text, so that it must be a literal.
 class Tiles {

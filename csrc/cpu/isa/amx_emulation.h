@@ -34,6 +34,9 @@ __attribute__((noinline)) inline void add_pair_products(int rows, int pairs, int
   }
 }
 
+// One or two rows leave the tiles idle for what reading costs anyway.
+constexpr int64_t kLeastTileRows = 3;
+
 class Tiles {
  public:
   explicit Tiles(const TileConfig& config) : config_(config) {

@@ -127,7 +127,6 @@ class AmxQueue {
     }
     Tiles::fence();
     --steps_;
-    prefetch_right_tiles();
   }
 
   // Does what is left and stores the last sums.
@@ -181,7 +180,7 @@ class AmxQueue {
       load_sums<two_rows>(p);
     }
     const int64_t a_bytes = p.a_row * int64_t{sizeof *p.a};
-    const BFloat16* const b = right_tiles();
+    const BFloat16* const b = p.b + col_ * p.b_depth + d_ * kAmxRows;
     tiles_.load<4>(p.a + d_, a_bytes);
     tiles_.load<6>(b, 64);
     tiles_.multiply<0, 4, 6>();
@@ -202,22 +201,6 @@ class AmxQueue {
     if (col_ < p.cols) return;
     ++next_;
     if (next_ < count_) start_product(products_[next_]);
-  }
-
-  // Of the next step: two, of which the second lies a column of tiles further.
-  FIL_INLINE const BFloat16* right_tiles() const {
-    const AmxProduct& p = products_[next_];
-    return p.b + col_ * p.b_depth + d_ * kAmxRows;
-  }
-
-  FIL_INLINE void prefetch_right_tiles() const {
-    if (next_ == count_) return;
-    const BFloat16* first = right_tiles();
-    const BFloat16* second = first + products_[next_].b_depth * kAmxRows;
-    for (int row = 0; row < kAmxRows; ++row) {
-      __builtin_prefetch(first + row * kAmxDepth);
-      __builtin_prefetch(second + row * kAmxDepth);
-    }
   }
 
   Tiles& tiles_;

@@ -9,6 +9,9 @@
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
+// A product takes as long for one column as for 16.
+constexpr int64_t kLeastTileRows = 12;
+
 struct DotSums {
   alignas(64) float row[kAmxRows][16];
 };

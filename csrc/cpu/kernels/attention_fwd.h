@@ -28,7 +28,8 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
 template <class Scratch>
 CpuForwardPlan forward_plan(const AttentionParams& p) {
-  return cpu_forward_plan(p.cpu_problem(sizeof(typename Scratch::Element), Scratch::matrix_tiles));
+  return cpu_forward_plan(
+      p.cpu_problem(sizeof(typename Scratch::Element), Scratch::least_tile_rows));
 }
 
 // Of a level that multiplies on vectors. Another scratch that is to serve attention_fwd<> has what
@@ -37,7 +38,7 @@ template <class E>
 struct ForwardScratch : RowState<Accumulator<E>> {
   using Element = E;
   using Acc = Accumulator<Element>;
-  static constexpr bool matrix_tiles = false;  // true: on a matrix unit, in blocks side by side
+  static constexpr int64_t least_tile_rows = 0;  // more: on a matrix unit, in blocks side by side
   static constexpr int64_t first_keys = kPanel<Acc>;  // a first block leaves out multiples of it
 
   ForwardScratch(const AttentionFwdParams& p, void* base) : arena(base) {
@@ -283,7 +284,7 @@ FIL_INLINE void for_blocks(const CpuForwardPlan& plan, const Visibility& visibil
   if (range.empty()) return;  // no block is read for rows without keys
   const int64_t block_n = plan.tile.block_n;
   int64_t key = range.begin, block_end = key + block_n;
-  if (plan.pack || Scratch::matrix_tiles) {
+  if (plan.pack || Scratch::least_tile_rows > 0) {
     // Blocks begin where they do for other rows, and so do the sums of a row; but what no row of
     // these sees of the first one, in whole panels, would add zeros.
     const int64_t ahead = (range.begin - visibility.kv_begin) % block_n;

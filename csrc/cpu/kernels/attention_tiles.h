@@ -17,7 +17,7 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 struct TileScratch : RowState<float> {
   using Element = BFloat16;
   using Acc = float;
-  static constexpr bool matrix_tiles = true;
+  static constexpr int64_t least_tile_rows = kLeastTileRows;
   static constexpr int64_t first_keys = kMatrixKeys;
 
   TileScratch(const AttentionFwdParams& params, void* base) : arena(base) {

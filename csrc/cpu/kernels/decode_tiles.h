@@ -13,8 +13,8 @@ namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 struct FewRowsScratch : RowState<float> {
   using Element = BFloat16;
   using Acc = float;
-  static constexpr bool matrix_tiles = true;
-  static constexpr int64_t first_keys = kMatrixKeys;
+  static constexpr int64_t least_tile_rows = kLeastTileRows;
+  static constexpr int64_t first_keys = kMatrixKeysInPlace;
 
   FewRowsScratch(const AttentionFwdParams& params, void* base) : arena(base) {
     plan = forward_plan<FewRowsScratch>(params);

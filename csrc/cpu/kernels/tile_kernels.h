@@ -8,19 +8,21 @@
 
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
-// A single row reads K and V in place on vectors: the level below does.
+// Fewer rows than tiles pay for read K and V in place on vectors: the level below does.
 template <const KernelTable* (*below)()>
 struct TileForward {
   static const Kernel<AttentionFwdParams>& one() { return below()->bfloat16.attention_fwd; }
 
+  static bool in_place(const AttentionFwdParams& p) {
+    return runs_on_tiles_in_place(p.rows_per_kv_head(), kLeastTileRows);
+  }
   static int64_t scratch(const AttentionFwdParams& p) {
-    if (runs_on_tiles_in_place(p.rows_per_kv_head()))
-      return attention_fwd_scratch<FewRowsScratch>(p);
+    if (in_place(p)) return attention_fwd_scratch<FewRowsScratch>(p);
     return forward_plan<TileScratch>(p).pack ? attention_fwd_scratch<TileScratch>(p)
                                              : one().scratch(p);
   }
   static void run(const AttentionFwdParams& p, int64_t task, void* scratch) {
-    if (runs_on_tiles_in_place(p.rows_per_kv_head())) {
+    if (in_place(p)) {
       attention_fwd<FewRowsScratch>(p, task, scratch);
     } else if (forward_plan<TileScratch>(p).pack) {
       attention_fwd<TileScratch>(p, task, scratch);
