@@ -28,6 +28,14 @@ FIL_INLINE Vector<float> max(Vector<float> a, Vector<float> b) { return _mm256_m
 FIL_INLINE Vector<float> min(Vector<float> a, Vector<float> b) { return _mm256_min_ps(a, b); }
 FIL_INLINE Vector<double> max(Vector<double> a, Vector<double> b) { return _mm256_max_pd(a, b); }
 
+// Whether a lane is.
+FIL_INLINE bool any_above(Vector<float> x, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+}
+FIL_INLINE bool any_above(Vector<double> x, double bound) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(x, _mm256_set1_pd(bound), _CMP_GT_OQ)) != 0;
+}
+
 FIL_INLINE Vector<float> load_float(const float* p) { return _mm256_loadu_ps(p); }
 FIL_INLINE Vector<double> load_float(const double* p) { return _mm256_loadu_pd(p); }
 FIL_INLINE Vector<float> load_float(const BFloat16* p) {

@@ -24,6 +24,11 @@ FIL_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) 
 FIL_INLINE Vector<float> max(Vector<float> a, Vector<float> b) { return _mm512_max_ps(a, b); }
 FIL_INLINE Vector<float> min(Vector<float> a, Vector<float> b) { return _mm512_min_ps(a, b); }
 
+// Whether a lane is.
+FIL_INLINE bool any_above(Vector<float> x, float bound) {
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+}
+
 FIL_INLINE Vector<float> widen(__m256i bits, const BFloat16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }

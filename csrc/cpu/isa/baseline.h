@@ -26,6 +26,14 @@ FIL_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// Whether a lane is.
+template <class V, class T>
+FIL_INLINE bool any_above(V x, T bound) {
+  bool any = false;
+  for (int i = 0; i < kWidth<T>; ++i) any |= x[i] > bound;
+  return any;
+}
+
 template <class Acc, class T>
 FIL_INLINE Vector<Acc> load_as(const T* p) {
   Vector<Acc> v;

@@ -57,9 +57,10 @@ FIL_INLINE Vector<T> exp2(Vector<T> x) {
   return x < lowest ? Vector<T>{} : fma(p.f, p.slope, broadcast<T>(1)) * p.scale;
 }
 
-// 2^x for x in [-126, 0] where 16 bits will be left of it: relative error 3e-6, by minimax; exactly
-// 1 at 0; NaN stays NaN.
+// 2^x for x <= 126 where 16 bits will be left of it: relative error 3e-6, by minimax; exactly 1 at
+// 0; 0 from -126.5 down, where the exponent's bits are 0; NaN stays NaN.
 FIL_INLINE Vector<float> exp2_short(Vector<float> x) {
+  x = max(broadcast<float>(-BitsOf<float>::kBias), x);
   const Vector<float> rounded = x + BitsOf<float>::kRound;
   const Vector<float> f = x - (rounded - BitsOf<float>::kRound);
   Vector<float> p = fma(f, broadcast<float>(0x1.3a02ccp-7f), broadcast<float>(0x1.c9fc46p-5f));

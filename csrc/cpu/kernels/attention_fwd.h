@@ -271,7 +271,7 @@ void start_rows(const AttentionFwdParams& p, int64_t batch, int64_t rows, const 
     const auto [query, head, visible] = t.rows[r];
     load_query(element_of<typename Scratch::Element>(p.q, batch, query, head), p.head_dim, r, t);
     t.row_max[r] = Acc(-__builtin_inf());
-    t.row_sum[r] = 0;
+    store<Acc>(t.row_sum + r * kWidth<Acc>, Vector<Acc>{});
     t.phi[r] = phi_log2<Acc>(p, t.rows[r].head);
     for (int64_t c = 0; c < t.o_row; ++c) t.acc_o[r * t.o_row + c] = 0;
   }

@@ -13,7 +13,7 @@ struct RowState {
     o_row = stride;
     acc_o = arena.take<Acc>(count * o_row);
     row_max = arena.take<Acc>(count);
-    row_sum = arena.take<Acc>(count);
+    row_sum = arena.take<Acc>(count * kWidth<Acc>);
     phi = arena.take<Acc>(count);
     rows = arena.take<Row>(count);
   }
@@ -21,13 +21,18 @@ struct RowState {
   void skip(int64_t count) {
     acc_o += count * o_row;
     row_max += count;
-    row_sum += count;
+    row_sum += count * kWidth<Acc>;
     phi += count;
     rows += count;
   }
 
+  FIL_INLINE Acc sum_of(int64_t r) const {
+    return reduce_sum<Acc>(load(row_sum + r * kWidth<Acc>));
+  }
+
   int64_t o_row;
-  Acc *acc_o, *row_max, *row_sum, *phi;
+  Acc *acc_o, *row_max, *phi;
+  Acc* row_sum;  // a vector for each row, whose lanes are summed in the end
   Row* rows;
 };
 
@@ -56,11 +61,11 @@ void store_partial(const AttentionFwdParams& p, int64_t batch, int64_t split, in
   Acc* out = static_cast<Acc*>(p.out_partial) + out_at * p.head_dim_v;
   Acc* lse = static_cast<Acc*>(p.lse_partial) + row_at;
   if (!p.unified) {
-    store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v, out, lse);
+    store_row(acc_o, t.row_max[r], t.sum_of(r), p.head_dim_v, out, lse);
     return;
   }
   for (int64_t c = 0; c < p.head_dim_v; ++c) out[c] = acc_o[c];
-  *lse = t.row_sum[r];
+  *lse = t.sum_of(r);
   static_cast<Acc*>(p.row_max_partial)[row_at] = t.row_max[r];
 }
 
@@ -86,10 +91,10 @@ void finish_rows(const AttentionFwdParams& p, int64_t batch, int64_t split, int6
     if (p.kv_splits > 1) {
       store_partial<Acc>(p, batch, split, r, t);
     } else if (p.unified) {
-      const UnifiedRow<Acc> row{acc_o, t.row_max[r], t.row_sum[r], t.phi[r]};
+      const UnifiedRow<Acc> row{acc_o, t.row_max[r], t.sum_of(r), t.phi[r]};
       store_unified<Element>(p, batch, t.rows[r], row);
     } else {
-      store_row(acc_o, t.row_max[r], t.row_sum[r], p.head_dim_v,
+      store_row(acc_o, t.row_max[r], t.sum_of(r), p.head_dim_v,
                 element_of<Element>(p.out, batch, query, head), static_cast<Acc*>(p.lse) + row_at);
     }
   }

@@ -157,7 +157,7 @@ FIL_INLINE void round_pair(const TileBlock& b, const KeyBlock& keys, const RowPa
       if constexpr (scores == Scores::kFinished) continue;
       // P <= 1; rounding of a huge lse must not push it over.
       const Vector<float> x = min(Vector<float>{}, fma(prob[i], scale_log2, -lse[i]));
-      prob[i] = exp2_short(max(broadcast(BitsOf<float>::kMinExponent), x));
+      prob[i] = exp2_short(x);
       ds[i] = prob[i] * (ds[i] - delta[i]);
       if constexpr (scores == Scores::kVisible) continue;
       const Vector<int32_t> key = load(counting) + static_cast<int32_t>(c);
