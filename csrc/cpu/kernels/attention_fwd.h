@@ -147,8 +147,8 @@ bool softmax_block(const AttentionFwdParams& p, int64_t batch, const KeyBlock& k
         mask_is_shared && loaded.begin == part.begin && loaded.end == part.end;
     loaded = part;
     Acc* s = t.s + r * t.s_row + skipped;
-    hides |=
-        row_probabilities<Acc>(p, batch, seen, r, t, s, t.bias, bias_is_loaded, InPlace<Acc>{s});
+    hides |= row_probabilities<Acc>(p, batch, seen, r, t, s, t.bias, bias_is_loaded,
+                                    InPlace<typename Scratch::Element>{s});
   }
   return hides;
 }

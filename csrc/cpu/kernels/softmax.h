@@ -80,13 +80,20 @@ FIL_INLINE void step(const AttentionFwdParams& p, const Acc* x, int64_t padded, 
   }
 }
 
+// 2^(x scale - base) where 16 bits will be left of what it is summed to.
+FIL_INLINE Vector<float> short_power(Vector<float> x, float scale, float base) {
+  return exp2_short(fma(x, broadcast(scale), broadcast(-base)));
+}
+
 // Where the probabilities of a row go whose accumulator holds all that came before.
-template <class Acc>
+template <class Element>
 struct InPlace {
+  using Acc = Accumulator<Element>;
   Acc* s;
   FIL_INLINE void operator()(int64_t c, Vector<Acc> e) const { store<Acc>(s + c, e); }
   static FIL_INLINE Vector<Acc> power(Vector<Acc> x, Acc scale, Acc base) {
-    return exp2<Acc>(x * scale - base);
+    if constexpr (sizeof(Element) == 2) return short_power(x, scale, base);
+    return exp2<Acc>(x * scale - base);  // exactly 1 for the largest score
   }
   FIL_INLINE InPlace from(int64_t c) const { return {s + c}; }
   FIL_INLINE void settle() const {}
