@@ -80,7 +80,7 @@ struct AttentionParams {
 
   CpuForwardProblem cpu_problem(int64_t element_size, int64_t least_tile_rows) const {
     const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;
-    return {rows_per_kv_head(), num_heads_kv, head_dim,    head_dim_v,
+    return {rows_per_kv_head(), num_heads_kv, head_dim,       head_dim_v,
             element_size,       side_by_side, least_tile_rows};
   }
 
