@@ -1,5 +1,5 @@
 // The amx level's tile operations and packers in C, for tests/test_amx.py: on emulated tiles, as
-// the level amx-emulated has them.
+// the level amx-emulated has them, or with DOT_TILES on those of avx512-bf16-emulated.
 #include "cpu/kernels/prelude.h"
 
 #pragma GCC push_options
@@ -8,7 +8,12 @@
 #define FIL_VECTOR_BYTES 32
 #include "cpu/isa/avx2.h"
 // avx2.h first: the emulation multiplies with its fma.
+#ifdef DOT_TILES
+#include "cpu/isa/avx512_bf16_emulation.h"
+#include "cpu/isa/dot_tiles.h"
+#else
 #include "cpu/isa/amx_emulation.h"
+#endif
 #include "cpu/isa/amx_gemm.h"
 #include "cpu/isa/math.h"
 
@@ -44,6 +49,7 @@ void multiply(int rows, int pairs, int cols, const void* a, const void* b, void*
 
 unsigned mxcsr() { return _mm_getcsr(); }
 
+#ifndef DOT_TILES
 // What the processor refuses.
 void misuse(int which) {
   char memory[4096] = {};
@@ -62,6 +68,7 @@ void misuse(int which) {
   if (which == 10) tiles.multiply<0, 4, 4>();
   tiles.multiply<0, 4, 6>();
 }
+#endif
 
 void round_floats(int64_t count, const float* x, void* out) {
   for (int64_t i = 0; i < count; i += kWidth<float>) {

@@ -1,4 +1,4 @@
-"""The emulated AMX tiles against an exact model of the instruction, and the packers for them.
+"""The emulated tiles against an exact model of the instructions, and the packers for them.
 
 The kernels on these tiles are tested as every level is, through `isa`.
 """
@@ -32,23 +32,39 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def compile_probe(path, *definitions):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("amx") / "amx_probe.so"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra"]
     source = Path(__file__).with_name("amx_probe.cpp")
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(path)]
+    includes = f"-I{ROOT / 'csrc'}"
+    command = [compiler, *flags, *definitions, includes, str(source), "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return path
 
 
 @pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compile_probe(tmp_path_factory.mktemp("amx") / "amx_probe.so")
+
+
+@pytest.fixture(scope="module")
 def probe(library):
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def dot_probe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dot") / "dot_probe.so"
+    return ctypes.CDLL(str(compile_probe(path, "-DDOT_TILES")))
+
+
+@pytest.fixture(params=["amx", "dot"])
+def either(request):
+    """A probe of the tiles of either kind."""
+    return request.getfixturevalue("probe" if request.param == "amx" else "dot_probe")
 
 
 def call(function, *arguments):
@@ -134,6 +150,20 @@ def test_every_number_of_rows(device, probe, rows):
     check_multiply(probe, a, b, torch.zeros(rows, 16))
 
 
+def test_products_of_pairs_bit_for_bit(device, dot_probe):
+    # VDPBF16PS as Intel's manual writes it, the odd members first; 16 of them, then c.
+    a, b = torch.randn(16, 16, 2).bfloat16(), torch.randn(16, 16, 2).bfloat16()
+    a[3, 5, 1], b[7, 2, 0], c = NAN, INF, torch.randn(16, 16)
+    expected = torch.empty(16, 16, dtype=torch.float64)
+    for m, n in itertools.product(range(16), range(16)):
+        total = 0.0
+        for k, half in itertools.product(range(16), (1, 0)):
+            total = multiply_add(a[m, k, half].item(), b[k, n, half].item(), total)
+        expected[m, n] = multiply_add(1.0, total, c[m, n].item())
+    call(dot_probe.multiply, 16, 16, 16, a, b, c)
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "c", "expected"),
     [
@@ -188,11 +218,14 @@ def test_rounding_of_two_rows(device, probe):
 def test_short_exponentials(device, probe):
     x = torch.cat([torch.linspace(-126, 0, 1 << 16), torch.linspace(-2, 0, 1 << 16)])
     x[:2] = torch.tensor([-126.0, NAN])
+    outside = torch.tensor([-INF, -1e30, -128.0, -127.0, -126.6, 8.0, 126.0, 0.0])
     out = torch.empty_like(x)
     call(probe.short_exponentials, x.numel(), x, out)
     exact = torch.exp2(x.double())
     assert out[1].isnan() and out[-1] == 1 and (out[2:] <= 1).all()
     assert ((out / exact - 1).abs()[[0, *range(2, len(x))]] < 3.1e-6).all()
+    call(probe.short_exponentials, 8, outside, out)
+    assert not out[:5].any() and (out[5:8] / 2.0 ** outside[5:] - 1).abs().max() < 3.1e-6
 
 
 def up(n, multiple=32):
@@ -233,16 +266,16 @@ def test_pack_values(device, probe, count, cols, finite_only):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32])
 @pytest.mark.parametrize(("count", "depth"), PACKED)
-def test_product_of_packed_keys(device, probe, rows, count, depth):
+def test_product_of_packed_keys(device, either, rows, count, depth):
     a, k = torch.zeros(32, up(depth)), torch.randn(count, depth).bfloat16()
     a[:rows, :depth] = torch.randn(rows, depth)
     a, c = a.bfloat16(), torch.randn(32, up(count) + 3)
     tiles, staging = any_bits(up(count) * up(depth)), any_bits(16 * up(depth))
-    call(probe.keys, count, depth, k, depth, tiles, staging)
+    call(either.keys, count, depth, k, depth, tiles, staging)
     for accumulate in (False, True):
         expected = a[:rows].double()[:, :depth] @ k.double().T
         expected += c[:rows, :count].double() * accumulate
-        call(probe.gemm, rows, count, depth, a, a.stride(0), tiles, c, c.stride(0), accumulate)
+        call(either.gemm, rows, count, depth, a, a.stride(0), tiles, c, c.stride(0), accumulate)
         bound = 2.0**-22 * (a.double().abs()[:rows, :depth] @ k.double().abs().T + 4)
         assert ((c[:rows, :count].double() - expected).abs() <= bound).all()
 
