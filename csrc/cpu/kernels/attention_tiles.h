@@ -3,10 +3,10 @@
 //
 // A long block of keys is packed once, for all rows of the task. These come by 32 and pass along
 // the block in units of kMatrixKeys keys: S = q k^T, its softmax step in fp32, P rounded to
-// bfloat16, acc_o += P v. What a unit needs but for K and V stays in the first-level cache. The
-// tile products of the next unit's S and of the last one's acc_o run beside the softmax of the one
-// between, in another part of the core. The row sums are of P before it is rounded. Rows up to a
-// multiple of 16 behind the last are computed too, on whatever lies there, and never read.
+// bfloat16, acc_o += P v. The tile products of the next unit's S and of the last one's acc_o run
+// beside the softmax of the one between, in another part of the core. The row sums are of P before
+// it is rounded. Rows up to a multiple of 16 behind the last are computed too, on whatever lies
+// there, and never read.
 #pragma once
 
 #include "cpu/isa/amx_gemm.h"
