@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from flashinfer_lite import attention, reference
+from flashinfer_lite import attention, explain, reference
 from flashinfer_lite.testing import (
+    EMULATED,
     LAYOUTS,
     assert_same_bits,
     check_forward,
@@ -16,6 +17,7 @@ from flashinfer_lite.testing import (
 )
 from flashinfer_lite.testing.tolerance import STRICT_KEYS
 
+TILES = ("avx512-bf16", "amx", *EMULATED)  # up to 512 rows of bfloat16 for any threads
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [8, 16, 40, 56, 64, 72, 80, 96, 128, 192, 256]
@@ -220,6 +222,29 @@ def test_repeats_bit_for_bit(device, isa, dtype, threads):
     for b in range(3):  # a sequence alone
         alone = attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True)
         assert_same_bits(alone, first[0][b : b + 1])
+
+
+@pytest.mark.cpu_only("the CPU cuts rows by the number of threads")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"causal": True},
+        {"causal": True, "window": (150, 0)},
+        {"window": (40, 90)},
+        {"softcap": 9.0},
+    ],
+)
+def test_the_length_of_row_blocks_changes_no_bit(device, isa, dtype, threads, arguments):
+    q, k, v = make_qkv(2, 330, 600, 4, 2, 40, dtype=dtype, device=device)
+    v[:, 300, :, 7] = torch.nan  # hidden from some rows of a block
+    run = functools.partial(attention, **arguments, return_lse=True)
+    threads(1)
+    few, tile = run(q, k, v), explain(attention, q, k, v).tile
+    threads(64)
+    many, other_tile = run(q, k, v), explain(attention, q, k, v).tile
+    assert tile[0] > other_tile[0] or isa in TILES
+    for name, x, y in zip(("out", "lse"), many, few, strict=True):
+        assert_same_bits(x, y, name)
 
 
 def test_deterministic_and_batch_invariant_change_nothing(device, isa, dtype):

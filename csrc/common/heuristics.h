@@ -21,8 +21,10 @@ struct CpuForwardPlan {
   int64_t heads_together;  // KV heads that a task may walk along the keys with: speed, never bits
 };
 
-// What the forward's choices depend on: one sequence's shape and the layout of K, nothing else.
+// What the forward's choices depend on: one sequence's shape and the layout of K, and for what is
+// speed and never bits, how many threads share how many of them.
 struct CpuForwardProblem {
+  int64_t batch_size, threads;
   int64_t rows;  // per KV head: queries times the heads of a group
   int64_t num_heads_kv;
   int64_t head_dim;
@@ -56,10 +58,14 @@ inline CpuForwardPlan cpu_forward_plan(const CpuForwardProblem& p) {
     const int64_t units = std::clamp<int64_t>(keys / kMatrixKeys, 1, 2048 / kMatrixKeys);
     return {{std::min(p.rows, block_m), units * kMatrixKeys}, true, 1};
   }
-  // The forward keeps Q, S, the accumulator and one packed tile of K and V: at 96 x 128 and
-  // head_dim 128 that is 0.27 MB of fp32, half of a small L2. Wide heads take fewer keys for the
-  // same bytes.
-  CpuForwardPlan plan{{96, std::max(p.head_dim, p.head_dim_v) > 128 ? 64 : 128}, pack, 1};
+  // K and V are packed once for each row block, so these are long where that leaves tasks enough
+  // for the threads; sums are added up over a block of keys in registers. At 192 x 256 and head_dim
+  // 128 Q, S, the accumulator, K and V are 0.66 MB of fp32, of which S and a panel of K or V at a
+  // time are what a product needs. Wide heads take less.
+  const bool wide = std::max(p.head_dim, p.head_dim_v) > 128;
+  const bool long_blocks =
+      !wide && p.batch_size * p.num_heads_kv * ceil_div(p.rows, 192) >= 4 * p.threads;
+  CpuForwardPlan plan{{long_blocks ? 192 : 96, wide ? 64 : 256}, pack, 1};
   if (!pack) {
     plan.tile.block_n = 256;
     if (p.heads_side_by_side) {

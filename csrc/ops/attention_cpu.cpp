@@ -29,10 +29,11 @@ std::tuple<Tensor, Tensor> attention_fwd(
   set_outputs(p, outputs);
   count_call();
   if (outputs.lse.numel() > 0) {
+    p.threads = torch::stable::get_num_threads();
     const CpuForwardPlan plan = kernels.forward_plan(p);
     const int64_t row_blocks = ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
-    p.heads_per_task = cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks,
-                                          torch::stable::get_num_threads());
+    p.heads_per_task =
+        cpu_heads_per_task(plan, p.batch_size * p.num_heads_kv * row_blocks, p.threads);
     run_forward(q, kernels, p);
   }
   return {outputs.out, outputs.lse};

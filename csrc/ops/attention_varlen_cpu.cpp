@@ -86,13 +86,14 @@ void fill_tails(const Outputs& outputs, const Ragged& ragged) {
 // KV heads may walk together as far as there are tasks for every thread in all sequences.
 void choose_heads_per_task(const cpu::Kernels& kernels, std::vector<AttentionFwdParams>& problems) {
   int64_t tasks = 0;
+  const int64_t threads = torch::stable::get_num_threads();
   std::vector<CpuForwardPlan> plans;
   plans.reserve(problems.size());
-  for (const AttentionFwdParams& p : problems) {
+  for (AttentionFwdParams& p : problems) {
+    p.threads = threads;
     plans.push_back(kernels.forward_plan(p));
     tasks += p.num_heads_kv * ceil_div(p.rows_per_kv_head(), plans.back().tile.block_m);
   }
-  const int64_t threads = torch::stable::get_num_threads();
   for (size_t i = 0; i < problems.size(); ++i) {
     problems[i].heads_per_task = cpu_heads_per_task(plans[i], tasks, threads);
   }

@@ -12,7 +12,7 @@ namespace {
 // Splits of the longest sequence, and their length in keys: whole key blocks.
 void choose_splits(AttentionFwdParams& p, const CpuForwardPlan& plan, int64_t longest,
                    int64_t kv_splits, bool batch_invariant) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = p.threads;
   const int64_t row_blocks = p.batch_size * ceil_div(p.rows_per_kv_head(), plan.tile.block_m);
   const int64_t most_splits = batch_invariant ? ceil_div(longest, kBatchInvariantSplit)
                               : kv_splits > 0 ? kv_splits
@@ -53,6 +53,7 @@ void decode_into(const AttentionArgs& args, int64_t kv_splits, bool batch_invari
   set_outputs(p, outputs);
   count_call();
   if (outputs.lse.numel() == 0) return;
+  p.threads = torch::stable::get_num_threads();
   const CpuForwardPlan plan = kernels.forward_plan(p);
   choose_splits(p, plan, longest_sequence(p), kv_splits, batch_invariant);
 
@@ -108,6 +109,7 @@ Tensor plan(const Tensor& q, const Tensor& k, const Tensor& v, std::string kerne
   AttentionFwdParams p;
   const bool is_decode = prepare_plan(p, q, k, v, kernel, longest, kv_splits, DeviceType::CPU);
   if (p.num_heads_kv == 0) return plan_result(0, 0, 1, -1);
+  p.threads = torch::stable::get_num_threads();
   const CpuForwardPlan plan = cpu_kernels(q.scalar_type()).forward_plan(p);
   if (is_decode) choose_splits(p, plan, longest, kv_splits, batch_invariant);
   return plan_result(plan.tile.block_m, plan.tile.block_n, p.kv_splits, -1);

@@ -65,6 +65,7 @@ struct AttentionParams {
   int64_t window_right = -1;  // 0 for causal
   double softmax_scale = 1.0;
   double softcap = 0.0;  // 0 is off
+  int64_t threads = 1;   // of a CPU that share the work
 
   constexpr int64_t group_size() const { return num_heads_q / num_heads_kv; }
 
@@ -80,8 +81,8 @@ struct AttentionParams {
 
   CpuForwardProblem cpu_problem(int64_t element_size, int64_t least_tile_rows) const {
     const bool side_by_side = num_heads_kv > 1 && k.head == head_dim && v.head == head_dim_v;
-    return {rows_per_kv_head(), num_heads_kv, head_dim,       head_dim_v,
-            element_size,       side_by_side, least_tile_rows};
+    return {batch_size, threads,      rows_per_kv_head(), num_heads_kv,   head_dim,
+            head_dim_v, element_size, side_by_side,       least_tile_rows};
   }
 
   Visibility visibility(int64_t batch_idx) const {
