@@ -27,8 +27,8 @@ KERNELS = {"attention": "attention_fwd", "attention_varlen": "attention_fwd", "d
 FLAT_TILES = {"gemv": (4, 16), "flat_gemm": (64, 16)}
 FLAT_TILES_AVX512 = FLAT_TILES | {"gemv": (6, 16)}
 FLAT_TILES_MATRIX = {"flat_gemm": (64, 32)}
-# Levels with kernels of their own in bfloat16, for a forward of more than a row and flat_gemm, and
-# what runs the rest.
+# Levels with kernels of their own in bfloat16, for a forward of LEAST_TILE_ROWS or more, a backward
+# and flat_gemm, and what runs the rest.
 LEVEL_BELOW = {
     "avx512-bf16": "avx512",
     "amx": "avx512",

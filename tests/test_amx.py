@@ -6,6 +6,7 @@ The kernels on these tiles are tested as every level is, through `isa`.
 import ctypes
 import itertools
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -19,7 +20,14 @@ from page_ends import run_child
 
 import flashinfer_lite
 from flashinfer_lite import attention
-from flashinfer_lite.testing import AMX_EMULATED, EMULATED, force_isa, isa_levels, make_qkv
+from flashinfer_lite.testing import (
+    AMX_EMULATED,
+    EMULATED,
+    current_isa,
+    force_isa,
+    isa_levels,
+    make_qkv,
+)
 
 ROOT = Path(__file__).parent.parent
 SMALLEST, INF, NAN = 2.0**-126, math.inf, math.nan
@@ -295,6 +303,14 @@ def test_emulation_is_no_default(device):
         assert flashinfer_lite.explain(attention, *make_qkv(1, 12, 12)).kernel[-8:] != "emulated"
 
 
+def test_the_default_is_the_highest_level_that_is_fast(device):
+    highest = isa_levels()[-1]
+    if highest == "avx512-bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+        highest = "avx512"
+    with force_isa(None):
+        assert os.environ.get("FLASHINFER_LITE_ISA") or current_isa() == highest
+
+
 @pytest.mark.parametrize("emulated", EMULATED)
 def test_the_number_of_rows_does_not_change_a_bit(device, emulated):
     # More than 16 rows are packed, in blocks of at most 512 rows; fewer run in place.
@@ -311,7 +327,7 @@ def test_the_number_of_rows_does_not_change_a_bit(device, emulated):
 
 
 @pytest.mark.parametrize("emulated", EMULATED)
-@pytest.mark.parametrize("first_query", [0, 75])  # 75: ten rows, in place
+@pytest.mark.parametrize("first_query", [0, 73])  # 73: 14 rows, in place
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 def test_values_that_are_not_finite_reach_rows_that_see_them(device, value, first_query, emulated):
     q, k, v = make_qkv(1, 80, 80, 2, 1, 40, dtype=torch.bfloat16)

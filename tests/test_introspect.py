@@ -10,7 +10,7 @@ import torch
 
 import flashinfer_lite
 from flashinfer_lite import attention, decode, explain, stats
-from flashinfer_lite.testing import ALL_LEVELS, EMULATED, isa_levels, make_qkv
+from flashinfer_lite.testing import ALL_LEVELS, EMULATED, force_isa, isa_levels, make_qkv
 
 LEVELS = "the levels are the CPU's"
 
@@ -60,6 +60,19 @@ def test_explain_names_the_level_whose_code_runs(device, isa):
         assert chosen.kernel == f"attention cpu {below}"
     below = "avx2" if below == "avx512" else below
     assert explain(attention, q.double(), k.double(), v.double()).kernel.endswith(below)
+
+
+@pytest.mark.cpu_only(LEVELS)
+def test_explain_names_the_level_by_the_number_of_rows(device):
+    for level in isa_levels(emulated=True):
+        least = {"avx512-bf16": 12, "amx": 3}.get(level.removesuffix("-emulated"), 17)
+        for rows in (least - 1, least, 16):
+            q, k, v = make_qkv(1, 1, 300, rows, 1, 64, dtype=torch.bfloat16, device=device)
+            with force_isa(level):
+                chosen = explain(decode, q, k, v)
+            on_tiles = least <= rows <= 16
+            assert (chosen.tile[1] == 64) == on_tiles  # the plan's own choice
+            assert chosen.kernel.endswith(level) == (on_tiles or least == 17)
 
 
 @pytest.mark.cpu_only("the threads are the CPU's")

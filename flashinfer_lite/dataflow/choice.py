@@ -51,9 +51,9 @@ DEFAULTS: dict[str, dict[torch.dtype, dict[tuple[int, int], tuple[int, int]]]] =
             (1536, 576): (4, 128),
         },
     },
-    # bfloat16: measured on a Xeon whose torch was denied AMX (ONEDNN_MAX_CPU_ISA, 1 thread), M = 1
-    # to 64: ours are 1.8 times as fast as torch at 4 and 8 rows, as fast at 64. The others are
-    # reasoned: torch catches up as soon as a product is more than reading the weight.
+    # bfloat16: measured on a Xeon at the level avx512, AMX denied to torch (ONEDNN_MAX_CPU_ISA), 1
+    # thread, M = 1 to 64: ours are 1.8 times as fast as torch at 4 and 8 rows, as fast at 64. The
+    # others are reasoned: torch catches up as soon as a product is more than reading the weight.
     "cpu avx512": {
         torch.float32: {(4096, 4096): (8, 32)},
         torch.bfloat16: {(4096, 4096): (4, 64)},

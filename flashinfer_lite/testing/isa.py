@@ -12,7 +12,7 @@ EMULATED = (BF16_EMULATED, AMX_EMULATED)
 
 
 def isa_levels(emulated=False):
-    """The levels compiled in and present on this machine, slowest first; `emulated` adds those
+    """The levels compiled in and present on this machine, the newest last; `emulated` adds those
     for tests alone."""
     return list(_ops.cpu_isas(emulated))
 

@@ -5,6 +5,8 @@
 // elements of one column at depths 2i and 2i + 1. Depth and columns are padded to multiples of 32
 // with zeros, which the left factor's padding meets.
 //
+// On dot_tiles.h the same runs on vectors, and nothing runs beside it.
+//
 // An element of a product depends on its row and its column alone, in an order that neither the
 // number of rows nor that of columns changes.
 #pragma once

@@ -7,7 +7,7 @@
 namespace flashinfer_lite::cpu::FIL_CPU_LEVEL {
 
 // sum[i] + the products of the two bfloat16 in `pair` and those in b[i].
-FIL_INLINE Vector<float> add_products(Vector<float> sum, uint32_t pair, Vector<uint32_t> b) {
+FIL_INLINE Vector<float> dot_pairs(Vector<float> sum, uint32_t pair, Vector<uint32_t> b) {
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }

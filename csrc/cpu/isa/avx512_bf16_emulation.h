@@ -19,7 +19,7 @@ FIL_INLINE Vector<uint32_t> as_words(Vector<float> x) {
 }
 
 // sum[i] + the products of the two bfloat16 in `pair` and those in b[i], the upper ones first.
-FIL_INLINE Vector<float> add_products(Vector<float> sum, uint32_t pair, Vector<uint32_t> b) {
+FIL_INLINE Vector<float> dot_pairs(Vector<float> sum, uint32_t pair, Vector<uint32_t> b) {
   const Vector<uint32_t> a = pair - Vector<uint32_t>{};
   sum = fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), sum);
   return fma(as_float(a << 16), as_float(b << 16), sum);

@@ -34,7 +34,7 @@ __attribute__((noinline)) inline void multiply_pairs(const char* a, int64_t a_st
         for (int r = 0; r < rows; ++r) {
           uint32_t left;
           __builtin_memcpy(&left, a + r * a_stride + pair * sizeof left, sizeof left);
-          sum[r] = add_products(sum[r], left, right);
+          sum[r] = dot_pairs(sum[r], left, right);
         }
       }
 #pragma GCC unroll 8

@@ -117,7 +117,7 @@ struct RoundedRow {
   AmxQueue* pending;  // or none
   FIL_INLINE void operator()(int64_t c, Vector<float> e) const { store_bfloat16(to + c, e); }
   static FIL_INLINE Vector<float> power(Vector<float> x, float scale, float base) {
-    return short_power(x, scale, base);
+    return exp2_short(x * scale - base);
   }
   FIL_INLINE RoundedRow from(int64_t c) const { return {to + c, pending}; }
   FIL_INLINE void settle() const {

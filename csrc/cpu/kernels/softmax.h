@@ -80,11 +80,6 @@ FIL_INLINE void step(const AttentionFwdParams& p, const Acc* x, int64_t padded, 
   }
 }
 
-// 2^(x scale - base) where 16 bits will be left of what it is summed to.
-FIL_INLINE Vector<float> short_power(Vector<float> x, float scale, float base) {
-  return exp2_short(fma(x, broadcast(scale), broadcast(-base)));
-}
-
 // Where the probabilities of a row go whose accumulator holds all that came before.
 template <class Element>
 struct InPlace {
@@ -92,8 +87,10 @@ struct InPlace {
   Acc* s;
   FIL_INLINE void operator()(int64_t c, Vector<Acc> e) const { store<Acc>(s + c, e); }
   static FIL_INLINE Vector<Acc> power(Vector<Acc> x, Acc scale, Acc base) {
-    if constexpr (sizeof(Element) == 2) return short_power(x, scale, base);
-    return exp2<Acc>(x * scale - base);  // exactly 1 for the largest score
+    // Not fused: exactly 0 for the largest score, however large.
+    const Vector<Acc> exponent = x * scale - base;
+    if constexpr (sizeof(Element) == 2) return exp2_short(exponent);
+    return exp2<Acc>(exponent);
   }
   FIL_INLINE InPlace from(int64_t c) const { return {s + c}; }
   FIL_INLINE void settle() const {}
@@ -124,10 +121,11 @@ FIL_INLINE bool row_probabilities(const AttentionFwdParams& p, int64_t batch, co
   const bool side_by_side = keys.apart == 1;
   const int64_t begin = side_by_side ? max_of<int64_t>(visible.begin - keys.first, 0) : 0;
   const int64_t end = side_by_side ? min_of(visible.end - keys.first, keys.count) : keys.count;
+  const Acc scale = Acc(p.softmax_scale * kLog2e);
   // Most rows see some keys of a block side by side and change their scores by the scale alone,
-  // which needs no pass of its own. A scale that turned their order would.
+  // which needs no pass of its own. A scale that turned their order, or made them 0, would.
   const bool plain = p.softcap == 0 && p.alibi.slopes == nullptr &&
-                     p.mask.type == MaskType::kNone && p.softmax_scale > 0 &&
+                     p.mask.type == MaskType::kNone && scale > 0 &&
                      (side_by_side ? begin < end : keys.within(visible));
   if (!plain) {
     const bool hides =
@@ -139,7 +137,7 @@ FIL_INLINE bool row_probabilities(const AttentionFwdParams& p, int64_t batch, co
   for (int64_t c = 0; c < first; c += kWidth<Acc>) put(c, Vector<Acc>{});
   for (int64_t c = last; c < padded; c += kWidth<Acc>) put(c, Vector<Acc>{});
   hide_ends(s + first, last - first, begin - first, end - first);
-  step<Acc>(p, s + first, last - first, Acc(p.softmax_scale * kLog2e), r, t, put.from(first));
+  step<Acc>(p, s + first, last - first, scale, r, t, put.from(first));
   return begin > 0 || end < keys.count;
 }
 

@@ -1,4 +1,4 @@
-// The table of a level with AMX tiles.
+// The table of a level with tiles, AMX's or those of dot_tiles.h.
 #pragma once
 
 #include "cpu/kernels/attention_bwd_tiles.h"
